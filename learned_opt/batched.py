@@ -1,0 +1,173 @@
+"""A task family as one batched tensor program.
+
+`BatchedFamily` runs many particles of one family at once: their parameters are one [particles, parameters] matrix,
+and one `vmap(grad_and_value(loss))` gives all losses and gradients. Once a shape has been seen a few times
+the vectorized function is traced to a flat graph of tensor operations (`make_fx`), which computes the same bits and
+spares the function transforms' overhead at every inner step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.func import grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from learned_opt.task import TaskFamily, Tensors, check_split, draw_batches, draw_task, stack
+
+_CALLS_BEFORE_TRACE = 8
+
+
+class BatchedFamily:
+    """Vectorized access to a task family.
+
+    Args:
+        family: the family to run.
+        device: where tasks and parameters live.
+        dtype: floating-point type of data, constants and parameters.
+
+    Attributes:
+        names, shapes: the parameters of one task, in order.
+        num_parameters: how many numbers that is.
+
+    Raises:
+        ValueError: a family whose parameters are missing, not floating point, or whose loss is not a finite-shaped scalar.
+    """
+
+    def __init__(
+        self, family: TaskFamily, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        if not isinstance(family, TaskFamily):
+            raise TypeError(f"family must be a TaskFamily; got {type(family).__name__}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type; got {dtype}")
+        self.family = family
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._shared = self._move(family.shared_data())
+        task, params = draw_task(family, "meta_train", 0)
+        if not params:
+            raise ValueError(f"{family.name}: init_params returned no parameters; a task needs at least one tensor")
+        for name, value in params.items():
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(f"{family.name}: parameter {name!r} must be a floating-point tensor; got {kind}")
+        self.names = list(params)
+        self.shapes = [tuple(value.shape) for value in params.values()]
+        self._sizes = [value.numel() for value in params.values()]
+        self.num_parameters = sum(self._sizes)
+        self._traced: dict[Any, Any] = {}
+        self._check_loss(self._move(task), self._move(params), draw_batches(family, task, 0, 0, 1))
+
+    def _check_loss(self, task: Tensors, params: Tensors, batches: Tensors) -> None:
+        batch = {name: value[0] for name, value in self._move(batches).items()}
+        with torch.no_grad():
+            loss = self.family.loss(params, {**task, **self._shared}, batch)
+        if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"{self.family.name}: loss must return a scalar tensor; got {got}. Reduce it, e.g. with .mean()")
+
+    def _move(self, tensors: Tensors) -> Tensors:
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            for name, value in tensors.items()
+        }
+
+    def start(self, split: str, seeds: Sequence[int]) -> tuple[Tensors, torch.Tensor]:
+        """Draw the tasks with these seeds.
+
+        Returns:
+            (tasks, params): the stacked constants, each [particles, …], and the initial parameters
+            [particles, num_parameters].
+        """
+        check_split(split)
+        drawn = [draw_task(self.family, split, seed) for seed in seeds]
+        for _, params in drawn:
+            shapes = [tuple(value.shape) for value in params.values()]
+            if list(params) != self.names or shapes != self.shapes:
+                raise ValueError(
+                    f"{self.family.name}: all tasks of a family must have parameters of one shape; "
+                    f"expected {dict(zip(self.names, self.shapes))}, got {dict(zip(params, shapes))}"
+                )
+        params = torch.stack([torch.cat([v.reshape(-1) for v in params.values()]) for _, params in drawn])
+        return self._move(stack([task for task, _ in drawn])), params.to(self.device, self.dtype)
+
+    def batches(self, tasks: Tensors, seeds: Sequence[int], steps: Sequence[int], num_steps: int) -> Tensors:
+        """The next `num_steps` batches of every particle, each tensor [num_steps, particles, …].
+
+        Args:
+            tasks: what `start` returned.
+            seeds: the particles' task seeds.
+            steps: the inner step each particle's first batch is for.
+            num_steps: how many batches.
+        """
+        rows = []
+        for i, (seed, step) in enumerate(zip(seeds, steps)):
+            task = {name: value[i] for name, value in tasks.items()}
+            drawn = draw_batches(self.family, task, seed, step, num_steps)
+            if not drawn:
+                return {}
+            rows.append(drawn)
+        return self._move({name: torch.stack([row[name] for row in rows], dim=1) for name in rows[0]})
+
+    def unflatten(self, params: torch.Tensor) -> Tensors:
+        """Named views of a flat parameter tensor [..., num_parameters]."""
+        parts = params.split(self._sizes, dim=-1)
+        lead = params.shape[:-1]
+        return {n: part.reshape(*lead, *shape) for n, shape, part in zip(self.names, self.shapes, parts)}
+
+    def _loss(self, params: torch.Tensor, task: Tensors, shared: Tensors, batch: Tensors) -> torch.Tensor:
+        return self.family.loss(self.unflatten(params), {**task, **shared}, batch)
+
+    def _vectorize(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return vmap(function, in_dims=(0, 0, None, 0))
+
+    def losses(self, params: torch.Tensor, tasks: Tensors, batch: Tensors) -> torch.Tensor:
+        """Losses [particles] at `params` [particles, num_parameters]."""
+        return self._run("loss", self._vectorize(self._loss), params, tasks, batch)
+
+    def losses_and_grads(
+        self, params: torch.Tensor, tasks: Tensors, batch: Tensors, *, differentiable: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [particles] and their gradients [particles, num_parameters].
+
+        Both are free of autograd history unless `differentiable`, which keeps the graph back to `params`.
+        """
+        function = self._vectorize(grad_and_value(self._loss))
+        if differentiable:
+            grads, losses = function(params, tasks, self._shared, batch)
+            return losses, grads
+        with torch.no_grad():
+            grads, losses = self._run("grad", function, params, tasks, batch)
+        return losses, grads
+
+    def eval_metrics(self, params: torch.Tensor, tasks: Tensors) -> Tensors:
+        """The family's reported metrics, each [particles]; empty where the family reports none."""
+
+        def metrics(flat: torch.Tensor, task: Tensors, shared: Tensors) -> Tensors:
+            return self.family.eval_metrics(self.unflatten(flat), {**task, **shared})
+
+        with torch.no_grad():
+            return vmap(metrics, in_dims=(0, 0, None))(params, tasks, self._shared)
+
+    def _run(self, kind: str, function: Callable[..., Any], params: torch.Tensor, tasks: Tensors, batch: Tensors) -> Any:
+        arguments = (params, tasks, self._shared, batch)
+        key = (kind, *((n, v.shape, v.dtype) for n, v in [("", params), *sorted(tasks.items()), *sorted(batch.items())]))
+        seen = self._traced.get(key, 0)
+        if isinstance(seen, int):
+            if seen < _CALLS_BEFORE_TRACE:
+                self._traced[key] = seen + 1
+                return function(*arguments)
+
+            def program(params: torch.Tensor, tasks: Tensors, shared: Tensors, batch: Tensors) -> Any:
+                return function(params, tasks, shared, batch)
+
+            seen = self._traced[key] = make_fx(program)(*arguments)
+        return seen(*arguments)
+
+    def state_bytes(self, num_particles: int, rows_per_coordinate: int) -> int:
+        """Bytes that `num_particles` particles hold between inner steps, with so many state rows per coordinate."""
+        return math.ceil(num_particles * self.num_parameters * (rows_per_coordinate + 2) * self.dtype.itemsize)

@@ -1,0 +1,83 @@
+"""The meta-loss: one scalar from the losses along an unroll.
+
+Losses of different tasks live on different scales, so each is normalized by its own task's initial loss before the
+mean is taken. With w_{t,p} the derivative of the meta-loss with respect to the loss of particle p after step t, the
+first-order meta-gradient only needs w (`MetaLoss.weights`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+NORMALIZATIONS = ("log", "ratio", "none")
+AVERAGES = ("mean", "final")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetaLoss:
+    """How losses along an unroll become one number.
+
+    Attributes:
+        normalization: "log" is log(f/f₀), which asks for the same relative progress at every scale of the loss; "ratio" is
+            f/f₀; "none" is f itself. "log" and "ratio" are for losses bounded below by zero: log(f/f₀) is floored at f/f₀ = `floor`.
+        average: "mean" over the steps of the truncation, or its "final" step alone.
+        clip: f/f₀ above this counts as this (its gradient is zero); "none" clips f itself relative to max(|f₀|, 1).
+        floor: smallest f/f₀ told apart by "log".
+    """
+
+    normalization: str = "log"
+    average: str = "mean"
+    clip: float = 1e3
+    floor: float = 1e-12
+
+    def __post_init__(self) -> None:
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}; got {self.normalization!r}")
+        if self.average not in AVERAGES:
+            raise ValueError(f"average must be one of {', '.join(AVERAGES)}; got {self.average!r}")
+        if not self.clip > 1:
+            raise ValueError(f"clip must be greater than 1; got {self.clip}")
+        if not 0 < self.floor < 1:
+            raise ValueError(f"floor must lie strictly between 0 and 1; got {self.floor}")
+
+    def normalize(self, losses: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        """Normalized losses, of the broadcast shape of `losses` and `initial` (the losses at step 0, non-zero)."""
+        if self.normalization == "none":
+            bound = self.clip * initial.abs().clamp_min(1)
+            return torch.minimum(losses, bound)
+        ratio = (losses / initial.abs().clamp_min(torch.finfo(losses.dtype).tiny)).clamp_max(self.clip)
+        return ratio.clamp_min(self.floor).log() if self.normalization == "log" else ratio
+
+    def per_particle(self, losses: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        """Meta-losses [..., particles] from losses [..., steps, particles] and initial losses of that or a broadcastable shape."""
+        values = self.normalize(losses, initial)
+        return values[..., -1, :] if self.average == "final" else values.mean(-2)
+
+    def __call__(self, losses: torch.Tensor, initial: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean over (valid) particles; zero where none is valid.
+
+        Args:
+            losses: [steps, particles], after each step.
+            initial: [steps, particles] or [particles], the losses at the start of the episode that each step belongs to.
+            valid: [particles] mask; the values of the others may be non-finite.
+        """
+        if valid is None:
+            return self.per_particle(losses, initial).mean()
+        losses = torch.where(valid, losses, 1.0)
+        initial = torch.where(valid, initial, 1.0)
+        return (self.per_particle(losses, initial) * valid).sum() / valid.sum().clamp_min(1)
+
+    def weights(self, losses: torch.Tensor, initial: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(meta-loss, its derivative with respect to `losses` [steps, particles])."""
+        leaf = losses.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self(leaf, initial, valid)
+            (weights,) = torch.autograd.grad(value, leaf)
+        return value.detach(), torch.where(valid, weights, 0.0)
+
+    def num_clipped(self, losses: torch.Tensor, initial: torch.Tensor) -> int:
+        """How many losses are above the clip or not finite."""
+        bound = self.clip * (initial.abs().clamp_min(1) if self.normalization == "none" else initial.abs())
+        return int((~(losses <= bound)).sum())

@@ -1,0 +1,65 @@
+"""Update rules: pure functions of (theta, gradients, parameters, rule state), and the table of named configurations."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from learned_opt.rules.adam import AdamRule, AdamRuleConfig
+from learned_opt.rules.base import DEFAULT_CHUNK, RuleConfig, UpdateRule, chunked_update, slice_coordinates
+from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
+
+__all__ = [
+    "DEFAULT_CHUNK",
+    "RULES",
+    "AdamRule",
+    "AdamRuleConfig",
+    "LSTMRule",
+    "LSTMRuleConfig",
+    "RuleConfig",
+    "UpdateRule",
+    "chunked_update",
+    "get",
+    "slice_coordinates",
+]
+
+_KINDS: dict[str, tuple[Callable[[Any], UpdateRule], type[RuleConfig]]] = {
+    AdamRule.kind: (AdamRule, AdamRuleConfig),
+    LSTMRule.kind: (LSTMRule, LSTMRuleConfig),
+}
+
+RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "compact": ("lstm", {}),
+    "rnnprop": ("lstm", {"dense_units": 20, "num_layers": 2, "hidden_size": 20}),
+    "l2l": (
+        "lstm",
+        {"inputs": "log_and_sign", "num_layers": 2, "hidden_size": 20, "output_scale": 0.1, "output_tanh": False},
+    ),
+    "adam": ("adam", {}),
+}
+"""Named configurations: name -> (kind, settings). A new rule is one file and one line here."""
+
+
+def get(name: str, **settings: Any) -> UpdateRule:
+    """The update rule of this name, with some of its settings replaced.
+
+    Args:
+        name: a name in `RULES` ("compact", "rnnprop", "l2l", "adam") or a kind ("lstm").
+        **settings: fields of the rule's configuration.
+
+    Raises:
+        ValueError: an unknown name (near matches are suggested), an unknown setting, or a value out of range.
+    """
+    kind, preset = RULES.get(name, (name, {}))
+    if kind not in _KINDS:
+        names = sorted({*RULES, *_KINDS})
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"
+        raise ValueError(f"unknown update rule {name!r}; {hint}")
+    make, config = _KINDS[kind]
+    known = config.__dataclass_fields__
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise ValueError(f"rule {name!r} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+    return make(config(**{**preset, **settings}))

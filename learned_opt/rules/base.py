@@ -1,0 +1,140 @@
+"""The interface of an update rule, and its application chunk by chunk.
+
+An update rule is a pure function: (theta, gradients, parameters, rule state) to (update, new rule state), with
+parameters_new = parameters + update. Everything is held *coordinates last*: gradients are [n], every state tensor is
+[..., n], so that a matrix product over features runs over contiguous coordinates. Rules are coordinatewise: column i of
+the result depends on column i of the inputs alone, so any split of the coordinates gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from learned_opt.task import Tensors
+
+DEFAULT_CHUNK = 4096
+"""Coordinates per chunk: small enough that the temporaries of a 2x20 LSTM stay in a core's cache."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """Base of the rules' configurations: frozen, validated when made, plain values only."""
+
+
+class UpdateRule(ABC):
+    """A learned update rule. Holds its configuration and no tensors; theta and state are passed in.
+
+    Attributes:
+        kind: the name the rule is registered under.
+    """
+
+    kind: ClassVar[str]
+    config: RuleConfig
+
+    @abstractmethod
+    def init_theta(self, generator: torch.Generator) -> Tensors:
+        """Fresh meta-parameters, float32 on the CPU: a flat dict of tensors."""
+
+    @abstractmethod
+    def init_state(
+        self, num_coordinates: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensors:
+        """The state of coordinates that have seen no gradient: a dict of [..., num_coordinates] tensors, all zero.
+
+        The entry "step", where there is one, counts inner steps and may also be passed as a [1] tensor.
+        """
+
+    @abstractmethod
+    def update(
+        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        """One step.
+
+        Args:
+            theta: the meta-parameters, of the dtype of `grads`.
+            grads: gradients [n].
+            params: parameters [n].
+            state: rule state, tensors [..., n]; not modified.
+
+        Returns:
+            (update [n], new state). A coordinate that has never had a non-zero gradient gets update 0.
+        """
+
+    def backward(
+        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
+    ) -> Tensors:
+        """Gradient with respect to theta of sum_t <loss_grads[t], p_{t+1}>, where p_{t+1} = p_t + update_t.
+
+        Gradients are constants, which makes this the first-order meta-gradient of the run of steps. The reference
+        implementation is autograd through `update`; a rule may override it with a faster route that gives
+        the same numbers.
+
+        Args:
+            theta: meta-parameters.
+            grads: [steps, n], the gradient that each step saw.
+            params: [n], the parameters before the first step.
+            state: rule state before the first step.
+            loss_grads: [steps, n], derivative of the meta-loss with respect to the parameters after each step, through
+                the loss evaluated there alone.
+
+        Returns:
+            A tensor for every tensor of theta.
+        """
+        leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        with torch.enable_grad():
+            total = grads.new_zeros(())
+            for grad, loss_grad in zip(grads, loss_grads):
+                update, state = self.update(leaves, grad, params, state)
+                params = params + update
+                total = total + (params * loss_grad).sum()
+            out = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in zip(leaves, out)}
+
+    @property
+    def rows_per_coordinate(self) -> int:
+        """How many numbers of state a coordinate has, the step count excluded."""
+        return sum(v[..., 0].numel() for n, v in self.init_state(1).items() if n != "step")
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration as plain values."""
+        return dataclasses.asdict(self.config)
+
+
+def slice_coordinates(tensors: Tensors, start: int, stop: int) -> Tensors:
+    """Columns start … stop − 1 of every tensor; tensors of one column (shared counts) are passed whole."""
+    return {n: v if v.shape[-1] == 1 else v[..., start:stop] for n, v in tensors.items()}
+
+
+def chunked_update(
+    rule: UpdateRule,
+    theta: Tensors,
+    grads: torch.Tensor,
+    params: torch.Tensor,
+    state: Tensors,
+    *,
+    chunk_size: int = DEFAULT_CHUNK,
+) -> tuple[torch.Tensor, Tensors]:
+    """`rule.update` over [n] coordinates, at most `chunk_size` at a time, so that temporaries stay small."""
+    n = grads.shape[-1]
+    if n <= chunk_size:
+        return rule.update(theta, grads, params, state)
+    update = torch.empty_like(grads)
+    new_state: Tensors = {}
+    for start in range(0, n, chunk_size):
+        stop = min(start + chunk_size, n)
+        part, part_state = rule.update(
+            theta, grads[start:stop], params[start:stop], slice_coordinates(state, start, stop)
+        )
+        update[start:stop] = part
+        for name, value in part_state.items():
+            if state[name].shape[-1] == 1:
+                new_state[name] = value
+                continue
+            if name not in new_state:
+                new_state[name] = torch.empty(*value.shape[:-1], n, dtype=value.dtype, device=value.device)
+            new_state[name][..., start:stop] = value
+    return update, new_state

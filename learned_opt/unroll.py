@@ -1,0 +1,387 @@
+"""The inner loop: particles, and the only place where inner steps are taken.
+
+A particle is one task being run. An inner step takes the gradient it holds, lets the optimizer move the parameters, and
+evaluates loss and gradient at the new place: the gradient at the end of one truncation is the first input of the next, so
+every update is judged by a loss and no evaluation is made twice. A particle whose horizon is reached restarts
+on a fresh task, in the middle of a truncation if need be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from learned_opt.batched import BatchedFamily
+from learned_opt.rules.base import DEFAULT_CHUNK, UpdateRule, chunked_update
+from learned_opt.task import Tensors, task_seed
+from learned_opt.truncation import HorizonSchedule
+
+_DRAWS_BEFORE_GIVING_UP = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpisodePlan:
+    """Which task and horizon a particle's next episode has: a pure function of the run seed, the particle and the episode.
+
+    Attributes:
+        split: where tasks are drawn from.
+        run_seed: the run's seed, non-negative.
+        horizons: the schedule of horizons; None means that particles never reset.
+    """
+
+    split: str
+    run_seed: int
+    horizons: HorizonSchedule | None = None
+
+    def draw(self, particle: int, episode: int) -> tuple[int, int]:
+        """(task seed, horizon) of this episode; horizon −1 for never."""
+        horizon = self.horizons.draw(self.run_seed, particle, episode) if self.horizons else -1
+        return task_seed(self.split, self.run_seed, particle, episode), horizon
+
+
+@dataclasses.dataclass
+class Particles:
+    """Tasks in flight, stacked.
+
+    Attributes:
+        ids: each particle's index in the whole run.
+        seeds, episodes, steps, horizons: per particle, plain integers.
+        tasks: constants, each [particles, …].
+        params, grads: [particles, num_parameters]; the gradient is that of the current step's batch at `params`.
+        losses, initial: [particles]; the loss at `params`, and that at the episode's start.
+        rule_state: tensors [..., particles · num_parameters].
+    """
+
+    ids: list[int]
+    seeds: list[int]
+    episodes: list[int]
+    steps: list[int]
+    horizons: list[int]
+    tasks: Tensors
+    params: torch.Tensor
+    grads: torch.Tensor
+    losses: torch.Tensor
+    initial: torch.Tensor
+    rule_state: Tensors
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain tensors, lists and dicts; tasks are left out, since their seeds rebuild them."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tasks"}
+        return {n: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else v for n, v in out.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict, batched: BatchedFamily, split: str) -> Particles:
+        """The particles that `state_dict` described, their tasks drawn again."""
+        tasks, _ = batched.start(split, state["seeds"])
+        return cls(tasks=tasks, **state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Consecutive steps of some particles within a segment, with no reset between them.
+
+    Attributes:
+        columns: indices of the particles, [k]; None for all of them.
+        start, stop: steps start … stop − 1 of the segment.
+        params: [k, num_parameters] before the first of these steps.
+        rule_state: before the first of these steps, tensors [..., k · num_parameters].
+    """
+
+    columns: torch.Tensor | None
+    start: int
+    stop: int
+    params: torch.Tensor
+    rule_state: Tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one inner step started from, and what it was evaluated on.
+
+    Attributes:
+        params, grads: [P, num_parameters].
+        rule_state: tensors [..., P · num_parameters].
+        tasks, batch: the constants and the batch of the evaluation after the step.
+        ends: [P], which particles were restarted right after the step; None for none.
+    """
+
+    params: torch.Tensor
+    grads: torch.Tensor
+    rule_state: Tensors
+    tasks: Tensors
+    batch: Tensors
+    ends: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """What an unroll of K steps over P particles left behind.
+
+    Attributes:
+        losses: [K, P] after each step.
+        initial: [K, P], the loss at the start of the episode each step belongs to.
+        valid: [P], false where a loss or a gradient was not finite; such a particle's numbers are not to be used.
+        inputs: [K, P, num_parameters], the gradient each step used; None unless gradients are recorded.
+        outputs: [K, P, num_parameters], the gradient at the parameters after each step; None unless gradients are recorded.
+        runs: the segment cut at resets; empty unless gradients are recorded.
+        stages: one per step; empty unless stages are recorded.
+    """
+
+    losses: torch.Tensor
+    initial: torch.Tensor
+    valid: torch.Tensor
+    inputs: torch.Tensor | None
+    outputs: torch.Tensor | None
+    runs: list[Run]
+    stages: list[Stage]
+
+
+def start_particles(
+    batched: BatchedFamily, rule: UpdateRule | None, plan: EpisodePlan, ids: Sequence[int], episodes: Sequence[int] | None = None
+) -> Particles:
+    """Particles at the start of an episode, evaluated at their initial parameters.
+
+    A task whose loss or gradient is not finite there is replaced by the particle's next episode.
+
+    Args:
+        batched: the family.
+        rule: whose state to make; None for none.
+        plan: names the tasks.
+        ids: the particles' indices in the whole run.
+        episodes: the episode each starts; zeros by default.
+
+    Raises:
+        ValueError: a particle drew only non-finite tasks.
+    """
+    ids = list(ids)
+    episodes = list(episodes) if episodes is not None else [0] * len(ids)
+    for _ in range(_DRAWS_BEFORE_GIVING_UP):
+        drawn = [plan.draw(i, e) for i, e in zip(ids, episodes)]
+        seeds, horizons = [d[0] for d in drawn], [d[1] for d in drawn]
+        tasks, params = batched.start(plan.split, seeds)
+        batch = first(batched.batches(tasks, seeds, [0] * len(ids), 1))
+        losses, grads = batched.losses_and_grads(params, tasks, batch)
+        bad = ~(torch.isfinite(losses) & torch.isfinite(grads).all(1))
+        if not bad.any():
+            break
+        episodes = [e + int(b) for e, b in zip(episodes, bad.tolist())]
+    else:
+        raise ValueError(
+            f"{batched.family.name}: the loss or its gradient is not finite at the initial parameters in "
+            f"{_DRAWS_BEFORE_GIVING_UP} draws of a task in a row; check the family's loss, data and init_params"
+        )
+    state = rule.init_state(params.numel(), dtype=batched.dtype, device=batched.device) if rule else {}
+    return Particles(
+        ids, seeds, episodes, [0] * len(ids), horizons, tasks, params, grads, losses, losses.clone(), state
+    )
+
+
+def restart(batched: BatchedFamily, rule: UpdateRule | None, plan: EpisodePlan, particles: Particles, columns: Sequence[int]) -> None:
+    """Put the particles in these columns at the start of their next episode; the others are left alone."""
+    columns = list(columns)
+    fresh = start_particles(
+        batched, rule, plan, [particles.ids[c] for c in columns], [particles.episodes[c] + 1 for c in columns]
+    )
+    for name in ("ids", "seeds", "episodes", "steps", "horizons"):
+        for column, value in zip(columns, getattr(fresh, name)):
+            getattr(particles, name)[column] = value
+    index = torch.tensor(columns, device=batched.device)
+    for name in ("params", "grads", "losses", "initial"):
+        setattr(particles, name, getattr(particles, name).index_copy(0, index, getattr(fresh, name)))
+    particles.tasks = {n: v.index_copy(0, index, fresh.tasks[n]) for n, v in particles.tasks.items()}
+    particles.rule_state = {
+        n: _as_particles(v, len(particles)).index_copy(-2, index, _as_particles(fresh.rule_state[n], len(columns))).flatten(-2)
+        for n, v in particles.rule_state.items()
+    }
+
+
+def _as_particles(tensor: torch.Tensor, num_particles: int) -> torch.Tensor:
+    """[..., P · D] viewed as [..., P, D]."""
+    return tensor.view(*tensor.shape[:-1], num_particles, -1)
+
+
+def columns_of(state: Tensors, columns: torch.Tensor, num_particles: int) -> Tensors:
+    """The rule state [..., P · D] of some particles, as [..., k · D]."""
+    return {n: _as_particles(v, num_particles).index_select(-2, columns).flatten(-2) for n, v in state.items()}
+
+
+def first(batches: Tensors, index: int = 0) -> Tensors:
+    """One step's batch out of stacked batches."""
+    return {name: value[index] for name, value in batches.items()}
+
+
+Move = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(params, grads), both [P, D], to the new params: a learned update, or a step of a torch.optim optimizer."""
+
+
+def inner_steps(
+    batched: BatchedFamily, particles: Particles, num_steps: int, move: Move
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Tensors]]:
+    """Take inner steps without resets, advancing the particles in place; the only inner loop there is.
+
+    Args:
+        batched: the family.
+        particles: what to advance.
+        num_steps: how many steps.
+        move: the optimizer.
+
+    Yields:
+        (losses [P], grads [P, D], batch) of the evaluation after each step.
+    """
+    batches = batched.batches(particles.tasks, particles.seeds, [s + 1 for s in particles.steps], num_steps)
+    for k in range(num_steps):
+        particles.params = move(particles.params, particles.grads)
+        batch = first(batches, k)
+        particles.losses, particles.grads = batched.losses_and_grads(particles.params, particles.tasks, batch)
+        particles.steps = [s + 1 for s in particles.steps]
+        yield particles.losses, particles.grads, batch
+
+
+def learned_move(
+    rule: UpdateRule, theta: Tensors, particles: Particles, *, per_particle: bool = False, chunk_size: int = DEFAULT_CHUNK
+) -> Move:
+    """The move that applies an update rule and keeps its state in the particles.
+
+    Args:
+        rule: the update rule.
+        theta: its meta-parameters; with `per_particle`, one set per particle stacked along a leading dimension.
+        particles: whose rule state to read and replace.
+        per_particle: see theta; used by estimators that perturb theta.
+        chunk_size: coordinates at a time.
+    """
+
+    def move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+        if not per_particle:
+            update, particles.rule_state = chunked_update(
+                rule, theta, grads.reshape(-1), params.reshape(-1), particles.rule_state, chunk_size=chunk_size
+            )
+            return params + update.view_as(params)
+        state = {n: _as_particles(v, len(params)) for n, v in particles.rule_state.items()}
+        update, state = torch.func.vmap(rule.update, in_dims=(0, 0, 0, -2), out_dims=(0, -2))(theta, grads, params, state)
+        particles.rule_state = {n: v.flatten(-2) for n, v in state.items()}
+        return params + update
+
+    return move
+
+
+@torch.no_grad()
+def unroll(
+    rule: UpdateRule,
+    theta: Tensors,
+    batched: BatchedFamily,
+    plan: EpisodePlan,
+    particles: Particles,
+    num_steps: int,
+    *,
+    record: str = "nothing",
+    per_particle: bool = False,
+    chunk_size: int = DEFAULT_CHUNK,
+) -> Segment:
+    """Advance the particles by one truncation, without a graph, restarting those that reach their horizon.
+
+    Particles whose loss or gradient stops being finite are marked invalid and restarted at the end.
+
+    Args:
+        rule, theta: the optimizer; see `learned_move` for `per_particle`.
+        batched: the family.
+        plan: names the tasks that restarted particles get.
+        particles: advanced in place.
+        num_steps: inner steps, at least 1.
+        record: "nothing"; "gradients", which a first-order replay needs; or "stages", which an exact backward pass needs.
+        per_particle: theta has a leading dimension of particles.
+        chunk_size: coordinates per chunk of the update rule.
+
+    Returns:
+        The segment's losses and what was recorded.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1; got {num_steps}")
+    recorder = _Recorder(particles, num_steps) if record == "gradients" else None
+    shape = (num_steps, len(particles))
+    losses, initial = particles.losses.new_empty(shape), particles.losses.new_empty(shape)
+    valid = torch.ones(len(particles), dtype=torch.bool, device=batched.device)
+    stages: list[Stage] = []
+    move = learned_move(rule, theta, particles, per_particle=per_particle, chunk_size=chunk_size)
+    done = 0
+    while done < num_steps:
+        stretch = min([num_steps - done, *(h - s for h, s in zip(particles.horizons, particles.steps) if h >= 0)])
+        before = (particles.params, particles.grads, particles.rule_state)
+        for k, (loss, grad, batch) in enumerate(inner_steps(batched, particles, stretch, move), start=done):
+            losses[k], initial[k] = loss, particles.initial
+            valid &= torch.isfinite(loss) & torch.isfinite(grad.sum(1))
+            if recorder is not None:
+                recorder.write(k, grad)
+            if record == "stages":
+                stages.append(Stage(*before, particles.tasks, batch, None))
+                before = (particles.params, particles.grads, particles.rule_state)
+        done += stretch
+        over = [c for c in range(len(particles)) if particles.steps[c] == particles.horizons[c]]
+        if over:
+            restart(batched, rule, plan, particles, over)
+            if recorder is not None:
+                recorder.cut(particles, over, done)
+            if stages:
+                ends = torch.zeros_like(valid)
+                ends[over] = True
+                stages[-1] = dataclasses.replace(stages[-1], ends=ends)
+    invalid = (~valid).nonzero().flatten().tolist()
+    if invalid:
+        restart(batched, rule, plan, particles, invalid)
+    if recorder is None:
+        return Segment(losses, initial, valid, None, None, [], stages)
+    return Segment(losses, initial, valid, recorder.inputs, recorder.outputs, recorder.finish(), stages)
+
+
+class _Recorder:
+    """Keeps a segment's gradients, and cuts it into runs where particles restart.
+
+    Gradients are written once: an evaluation's output is the next step's input. Only a restart within the segment
+    makes the two differ, and then they get a buffer each.
+    """
+
+    def __init__(self, particles: Particles, num_steps: int) -> None:
+        self.num_steps, self.num_particles = num_steps, len(particles)
+        grads = particles.grads.new_empty(num_steps + 1, *particles.grads.shape)
+        grads[0] = particles.grads
+        self.inputs, self.outputs = grads[:-1], grads[1:]
+        self._one_buffer = True
+        self._began = [0] * len(particles)
+        self._snapshots = {0: (particles.params, particles.rule_state)}
+        self._runs: list[Run] = []
+
+    def write(self, step: int, grads: torch.Tensor) -> None:
+        """The gradients evaluated after this step of the segment."""
+        self.outputs[step] = grads
+        if not self._one_buffer and step + 1 < self.num_steps:
+            self.inputs[step + 1] = grads
+
+    def cut(self, particles: Particles, columns: list[int], step: int) -> None:
+        """These particles were restarted before this step of the segment."""
+        self._close(columns, step)
+        for column in columns:
+            self._began[column] = step
+        if step == self.num_steps:
+            return
+        if self._one_buffer:
+            self.inputs, self._one_buffer = self.inputs.clone(), False
+        self.inputs[step] = particles.grads
+        self._snapshots[step] = (particles.params, particles.rule_state)
+
+    def finish(self) -> list[Run]:
+        self._close([c for c in range(self.num_particles) if self._began[c] < self.num_steps], self.num_steps)
+        return self._runs
+
+    def _close(self, columns: list[int], stop: int) -> None:
+        for start in sorted({self._began[c] for c in columns}):
+            chosen = [c for c in columns if self._began[c] == start]
+            params, state = self._snapshots[start]
+            if len(chosen) == self.num_particles:
+                self._runs.append(Run(None, start, stop, params, state))
+            else:
+                index = torch.tensor(chosen, device=params.device)
+                self._runs.append(Run(index, start, stop, params[index], columns_of(state, index, self.num_particles)))

@@ -1,0 +1,1 @@
+"""Data sets that task families share, and how their rows are split."""
