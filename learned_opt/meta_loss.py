@@ -8,6 +8,7 @@ first-order meta-gradient only needs w (`MetaLoss.weights`).
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 
@@ -27,6 +28,7 @@ class MetaLoss:
         floor: smallest f/f₀ told apart by "log".
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     normalization: str = "log"
     average: str = "mean"
     clip: float = 1e3

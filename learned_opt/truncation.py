@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class HorizonSchedule:
             particles reset at different times. Otherwise all start together.
     """
 
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     kind: str = "fixed"
     longest: int = 100
     shortest: int = 20

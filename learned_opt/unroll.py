@@ -280,11 +280,12 @@ def unroll(
     *,
     record: str = "nothing",
     per_particle: bool = False,
+    restart_invalid: bool = True,
     chunk_size: int = DEFAULT_CHUNK,
 ) -> Segment:
     """Advance the particles by one truncation, without a graph, restarting those that reach their horizon.
 
-    Particles whose loss or gradient stops being finite are marked invalid and restarted at the end.
+    Particles whose loss or gradient stops being finite are marked invalid and, unless told otherwise, restarted at the end.
 
     Args:
         rule, theta: the optimizer; see `learned_move` for `per_particle`.
@@ -294,6 +295,7 @@ def unroll(
         num_steps: inner steps, at least 1.
         record: "nothing"; "gradients", which a first-order replay needs; or "stages", which an exact backward pass needs.
         per_particle: theta has a leading dimension of particles.
+        restart_invalid: whether particles marked invalid start their next episode at the end.
         chunk_size: coordinates per chunk of the update rule.
 
     Returns:
@@ -330,7 +332,7 @@ def unroll(
                 ends[over] = True
                 stages[-1] = dataclasses.replace(stages[-1], ends=ends)
     invalid = (~valid).nonzero().flatten().tolist()
-    if invalid:
+    if invalid and restart_invalid:
         restart(batched, rule, plan, particles, invalid)
     if recorder is None:
         return Segment(losses, initial, valid, None, None, [], stages)

@@ -47,6 +47,9 @@ class TruncatedBackprop(Estimator):
     def init(self, work: Workload, theta: Tensors, ids: Sequence[int]) -> Particles:
         return start_particles(work.batched, work.rule, work.plan, ids)
 
+    def horizons(self, state: Particles) -> list[int]:
+        return list(state.horizons)
+
     def state_dict(self, state: Particles) -> dict[str, Any]:
         return state.state_dict()
 

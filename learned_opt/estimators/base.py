@@ -24,6 +24,7 @@ class Workload:
         plan: names the particles' tasks and horizons.
         meta_loss: the scalar to lower.
         truncation: inner steps per meta-gradient, at least 1.
+        frozen: names in theta that are held fixed: they are not perturbed, and their meta-gradient is zero.
     """
 
     rule: UpdateRule
@@ -31,6 +32,7 @@ class Workload:
     plan: EpisodePlan
     meta_loss: MetaLoss
     truncation: int
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.truncation < 1:
@@ -53,6 +55,7 @@ class Estimate:
         num_inner_steps: inner steps x particles spent.
         num_invalid: particles with a non-finite loss or gradient, left out and restarted.
         num_clipped: losses above the meta-loss's clip.
+        metrics: further numbers to log, by name; their names depend on the estimator.
     """
 
     grads: Tensors
@@ -60,6 +63,7 @@ class Estimate:
     num_inner_steps: int
     num_invalid: int
     num_clipped: int
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Estimator(ABC):
@@ -78,6 +82,10 @@ class Estimator(ABC):
     @abstractmethod
     def estimate(self, work: Workload, theta: Tensors, state: Any) -> Estimate:
         """Advance the state by one truncation and return its meta-gradient."""
+
+    @abstractmethod
+    def horizons(self, state: Any) -> list[int]:
+        """The horizons of the episodes in flight."""
 
     @abstractmethod
     def state_dict(self, state: Any) -> dict[str, Any]:

@@ -1,0 +1,185 @@
+"""The configuration of a run: frozen dataclasses, YAML files and presets.
+
+A `RunConfig` is plain values all the way down, so that the file written to the run folder reproduces the run. pydantic checks
+the types of what comes out of a file; each dataclass checks its own ranges when it is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+from learned_opt.meta_trainer import MetaTrainerConfig
+from learned_opt.tracking import TrackingConfig
+
+Settings = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What the trained optimizer is compared on when the run ends.
+
+    Attributes:
+        families: label -> family, beside the training families, to report on: shapes and kinds that training never saw.
+        horizon: inner steps; 0 for the longest training horizon.
+        num_tasks: meta-test tasks per family, at least 2.
+        num_tuning_tasks: meta-validation tasks per family that the baselines' learning rates are tuned on, at least 1.
+        baselines: names in `learned_opt.evaluation`; empty for no evaluation at all.
+        seed: names the meta-test tasks.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    families: dict[str, Settings] = dataclasses.field(default_factory=dict)
+    horizon: int = 0
+    num_tasks: int = 64
+    num_tuning_tasks: int = 16
+    baselines: tuple[str, ...] = ("sgd", "nesterov", "rmsprop", "adam")
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("horizon", 0), ("num_tasks", 2), ("num_tuning_tasks", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"evaluation.{name} must be at least {least}; got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes.
+
+    Attributes:
+        rule: name of the update rule, see `learned_opt.rules.RULES`.
+        rule_settings: settings of the rule that differ from the named ones.
+        families: label -> task family to meta-train on, as {name: …, setting: value, …}.
+        validation_families: label -> family that the checkpoint is chosen on; empty for the training families.
+        estimator: name of the meta-gradient estimator, see `learned_opt.estimators.ESTIMATORS`.
+        estimator_settings: its settings.
+        trainer: horizons, meta-loss, meta-optimizer, numbers of steps.
+        evaluation: what the result is compared on.
+        tracking: Weights & Biases.
+        checkpoint_every: outer steps between checkpoints, at least 1.
+        keep_checkpoints: how many of the last to keep, at least 1.
+        num_threads: of torch, at least 1; the same number gives the same bits.
+        device: "cpu" or "cuda".
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    rule: str = "compact"
+    rule_settings: Settings = dataclasses.field(default_factory=dict)
+    families: dict[str, Settings] = dataclasses.field(default_factory=lambda: {"digits": {"name": "image_mlp"}})
+    validation_families: dict[str, Settings] = dataclasses.field(default_factory=dict)
+    estimator: str = "backprop"
+    estimator_settings: Settings = dataclasses.field(default_factory=dict)
+    trainer: MetaTrainerConfig = MetaTrainerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 3
+    num_threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "keep_checkpoints", "num_threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not self.families:
+            raise ValueError("families is empty; name at least one task family to meta-train on")
+        for where in (self.families, self.validation_families, self.evaluation.families):
+            for label, settings in where.items():
+                if not isinstance(settings.get("name"), str):
+                    raise ValueError(f"family {label!r} needs a name, as in {{name: image_mlp, activation: relu}}; got {settings}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML and JSON."""
+        return _plain(dataclasses.asdict(self))
+
+    def save(self, path: Path) -> None:
+        """Write the configuration as YAML."""
+        import yaml
+
+        from learned_opt.checkpoints import write_atomic
+
+        write_atomic(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True).encode())
+
+
+def from_dict(values: Mapping[str, Any], *, source: str = "the configuration") -> RunConfig:
+    """A RunConfig from plain values; what is missing keeps its default.
+
+    Raises:
+        ValueError: unknown keys (near matches are suggested), wrong types, or values out of range; all are listed.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(RunConfig).validate_python(dict(values))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "unexpected_keyword_argument":
+                names = _field_names(item["loc"][:-1])
+                near = difflib.get_close_matches(str(item["loc"][-1]), names, n=2)
+                lines.append(f"{where}: no such setting" + (f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(names)}"))
+            else:
+                lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}" if where else item["msg"].removeprefix("Value error, "))
+        raise ValueError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def load(path: Path) -> RunConfig:
+    """Read a YAML configuration file.
+
+    Raises:
+        ValueError: the file is missing, not YAML, not a mapping, or not a valid configuration.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of settings; got {type(values).__name__}")
+    return from_dict(values, source=str(path))
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    folder = resources.files("learned_opt") / "presets"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def preset(name: str) -> RunConfig:
+    """The preset of this name.
+
+    Raises:
+        ValueError: there is none; near matches are suggested.
+    """
+    names = preset_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=2)
+        raise ValueError(f"unknown preset {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"))
+    with resources.as_file(resources.files("learned_opt") / "presets" / f"{name}.yaml") as path:
+        return load(path)
+
+
+def _field_names(loc: tuple[Any, ...]) -> list[str]:
+    """The settings there are at this place of a RunConfig."""
+    value: Any = RunConfig()
+    for part in loc:
+        value = getattr(value, str(part), value)
+    return [field.name for field in dataclasses.fields(value)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,298 @@
+"""The outer loop's body: one outer step, validation, and the whole state of a run.
+
+An outer step lets every family's estimator advance its particles by one truncation, averages the meta-gradients, clips
+their global norm and moves theta with a plain `torch.optim` optimizer. Everything that decides what comes next is
+in `state_dict`: theta, the meta-optimizer, every particle in flight, the counters that name tasks and batches,
+and the best theta so far. A run that is stopped anywhere and resumed from it ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from learned_opt.batched import BatchedFamily
+from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.meta_loss import MetaLoss
+from learned_opt.rules.base import UpdateRule
+from learned_opt.task import TaskFamily, Tensors
+from learned_opt.truncation import HorizonSchedule
+from learned_opt.unroll import EpisodePlan, start_particles, unroll
+
+_SKIPS_IN_A_ROW = 50
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetaTrainerConfig:
+    """How theta is learned.
+
+    Attributes:
+        outer_steps: updates of theta, at least 1.
+        num_particles: tasks in flight per family, at least 1.
+        truncation: inner steps per meta-gradient, at least 1.
+        horizons: how long episodes are.
+        meta_loss: the scalar to lower.
+        optimizer: name of a class in `torch.optim`, the meta-optimizer.
+        learning_rate: of the meta-optimizer, positive.
+        final_learning_rate: the learning rate at the last outer step as a share of `learning_rate`, in (0, 1]; a half cosine leads
+            there.
+        clip_norm: bound on the global norm of the meta-gradient, positive.
+        accumulation: truncations averaged per outer step, at least 1.
+        families_per_step: families that each outer step uses, in turn; 0 for all.
+        validation_every: outer steps between validations; 0 for none before the last step.
+        validation_tasks: meta-validation tasks per family.
+        validation_horizon: inner steps of each; 0 for the longest training horizon.
+        seed: names the tasks, their batches, and theta's initial values; non-negative.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    outer_steps: int = 500
+    num_particles: int = 8
+    truncation: int = 20
+    horizons: HorizonSchedule = HorizonSchedule()
+    meta_loss: MetaLoss = MetaLoss()
+    optimizer: str = "Adam"
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 0.03
+    clip_norm: float = 1.0
+    accumulation: int = 1
+    families_per_step: int = 0
+    validation_every: int = 50
+    validation_tasks: int = 16
+    validation_horizon: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("outer_steps", "num_particles", "truncation", "accumulation", "validation_tasks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("families_per_step", "validation_every", "validation_horizon", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be non-negative; got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
+        if not 0 < self.final_learning_rate <= 1:
+            raise ValueError(f"final_learning_rate must lie in (0, 1]; got {self.final_learning_rate}")
+        optimizer_class(self.optimizer)
+
+    def learning_rate_at(self, outer_step: int) -> float:
+        """The meta-optimizer's learning rate at this outer step, counted from 0."""
+        progress = min(outer_step / max(self.outer_steps - 1, 1), 1.0)
+        low = self.final_learning_rate
+        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """The torch.optim class of this name."""
+    found = getattr(torch.optim, name, None)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or found is torch.optim.Optimizer:
+        names = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
+        near = difflib.get_close_matches(name, names, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"optimizer must name a class in torch.optim; got {name!r}{hint}")
+    return found
+
+
+class MetaTrainer:
+    """Meta-trains an update rule on task families.
+
+    Args:
+        rule: the update rule.
+        families: label -> family to meta-train on, at least one.
+        config: how.
+        estimator: turns truncations into meta-gradients.
+        validation_families: label -> family to choose the checkpoint on; the training families (on their meta-validation
+            tasks) by default.
+        theta: where to start; drawn from the seed by default.
+        device: where everything runs.
+        dtype: floating-point type of theta, parameters and state.
+
+    Attributes:
+        theta: the meta-parameters, updated in place.
+        outer_step: outer steps taken.
+        best_theta, best_score, best_step: the theta with the lowest validation score so far; None, infinity, −1 before the first.
+        totals: counts since the start: "inner_steps" (times particles), "skipped" outer steps, "invalid" particles restarted,
+            "clipped" losses.
+    """
+
+    def __init__(
+        self,
+        rule: UpdateRule,
+        families: Mapping[str, TaskFamily],
+        config: MetaTrainerConfig,
+        estimator: Estimator,
+        *,
+        validation_families: Mapping[str, TaskFamily] | None = None,
+        theta: Tensors | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not families:
+            raise ValueError("families is empty; name at least one family to meta-train on")
+        if config.families_per_step > len(families):
+            raise ValueError(f"families_per_step ({config.families_per_step}) exceeds the number of families ({len(families)})")
+        self.rule, self.config, self.estimator = rule, config, estimator
+        theta = theta or rule.init_theta(torch.Generator().manual_seed(config.seed))
+        self.theta: Tensors = {n: v.detach().clone().to(device, dtype) for n, v in theta.items()}
+        self.optimizer = optimizer_class(config.optimizer)(list(self.theta.values()), lr=config.learning_rate)
+        cache: dict[TaskFamily, BatchedFamily] = {}
+
+        def batched(family: TaskFamily) -> BatchedFamily:
+            if family not in cache:
+                cache[family] = BatchedFamily(family, device=device, dtype=dtype)
+            return cache[family]
+
+        plan = EpisodePlan(split="meta_train", run_seed=config.seed, horizons=config.horizons)
+        self.work = {
+            label: Workload(
+                rule=rule, batched=batched(family), plan=plan, meta_loss=config.meta_loss, truncation=config.truncation
+            )
+            for label, family in families.items()
+        }
+        self.validation = {n: batched(f) for n, f in (validation_families or families).items()}
+        self.estimator_states = {
+            label: estimator.init(work, self.theta, range(i * config.num_particles, (i + 1) * config.num_particles))
+            for i, (label, work) in enumerate(self.work.items())
+        }
+        self.outer_step = 0
+        self.best_theta: Tensors | None = None
+        self.best_score, self.best_step = math.inf, -1
+        self.totals = {"inner_steps": 0, "skipped": 0, "invalid": 0, "clipped": 0}
+        self._skips_in_a_row = 0
+
+    def _chosen(self) -> list[str]:
+        labels, count = list(self.work), self.config.families_per_step
+        if not count:
+            return labels
+        start = self.outer_step * count
+        return [labels[(start + i) % len(labels)] for i in range(count)]
+
+    def step(self) -> dict[str, float]:
+        """Take one outer step.
+
+        Returns:
+            Metrics: "meta_loss" (and "meta_loss/<label>" per family), "grad_norm" before and "grad_norm_clipped" after clipping,
+            "learning_rate", "horizon" (the mean over particles), and the totals.
+
+        Raises:
+            RuntimeError: 50 outer steps in a row had no finite meta-gradient.
+        """
+        config = self.config
+        estimates: list[tuple[str, Estimate]] = [
+            (label, self.estimator.estimate(self.work[label], self.theta, self.estimator_states[label]))
+            for _ in range(config.accumulation)
+            for label in self._chosen()
+        ]
+        for name, value in self.theta.items():
+            value.grad = torch.stack([e.grads[name] for _, e in estimates]).mean(0)
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.theta.values()), config.clip_norm))
+        finite = math.isfinite(norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(self.outer_step)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.outer_step += 1
+        self.totals["inner_steps"] += sum(e.num_inner_steps for _, e in estimates)
+        self.totals["invalid"] += sum(e.num_invalid for _, e in estimates)
+        self.totals["clipped"] += sum(e.num_clipped for _, e in estimates)
+        self.totals["skipped"] += not finite
+        self._skips_in_a_row = 0 if finite else self._skips_in_a_row + 1
+        if self._skips_in_a_row >= _SKIPS_IN_A_ROW:
+            raise RuntimeError(
+                f"the meta-gradient was not finite in {_SKIPS_IN_A_ROW} outer steps in a row; lower learning_rate "
+                f"({config.learning_rate}) or the rule's output_scale, or check that the tasks' losses are finite"
+            )
+        metrics = {"meta_loss": sum(e.meta_loss for _, e in estimates) / len(estimates)}
+        for label in dict(estimates):
+            values = [e.meta_loss for n, e in estimates if n == label]
+            metrics[f"meta_loss/{label}"] = sum(values) / len(values)
+        metrics |= {
+            "grad_norm": norm,
+            "grad_norm_clipped": min(norm, config.clip_norm) if finite else math.nan,
+            "learning_rate": config.learning_rate_at(self.outer_step - 1),
+            "horizon": self._mean_horizon(),
+        }
+        return metrics | {name: float(value) for name, value in self.totals.items()}
+
+    def _mean_horizon(self) -> float:
+        horizons = [h for state in self.estimator_states.values() for h in self.estimator.horizons(state)]
+        return sum(horizons) / len(horizons)
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether this outer step is one to validate after; the last one always is."""
+        every = self.config.validation_every
+        return self.outer_step == self.config.outer_steps or (every > 0 and self.outer_step % every == 0)
+
+    def validate(self) -> dict[str, float]:
+        """Score theta on fixed meta-validation tasks, and remember it if it is the best so far.
+
+        The score is the mean, over families, of the normalized loss: half its mean along the whole unroll, half its mean over the last
+        twentieth. A loss that is not finite counts as the clip.
+
+        Returns:
+            "validation" and "validation/<label>" per family; lower is better.
+        """
+        config = self.config
+        horizon = config.validation_horizon or config.horizons.longest
+        plan = EpisodePlan(split="meta_validation", run_seed=config.seed)
+        scores: dict[str, float] = {}
+        for label, batched in self.validation.items():
+            particles = start_particles(batched, self.rule, plan, range(config.validation_tasks))
+            segment = unroll(self.rule, self.theta, batched, plan, particles, horizon, restart_invalid=False)
+            losses = torch.where(torch.isfinite(segment.losses), segment.losses, math.inf)
+            values = config.meta_loss.normalize(losses, segment.initial)
+            last = max(1, horizon // 20)
+            scores[f"validation/{label}"] = float((values.mean() + values[-last:].mean()) / 2)
+        score = sum(scores.values()) / len(scores)
+        if score < self.best_score:
+            self.best_theta = {n: v.clone() for n, v in self.theta.items()}
+            self.best_score, self.best_step = score, self.outer_step
+        return {"validation": score, **scores}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, as plain tensors, numbers, strings, lists and dicts."""
+        return {
+            "theta": {n: v.clone() for n, v in self.theta.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "estimators": {n: self.estimator.state_dict(s) for n, s in self.estimator_states.items()},
+            "outer_step": self.outer_step,
+            "best_theta": self.best_theta,
+            "best_score": self.best_score,
+            "best_step": self.best_step,
+            "totals": dict(self.totals),
+            "skips_in_a_row": self._skips_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            ValueError: the state is of another rule or other families.
+        """
+        shapes = {n: tuple(v.shape) for n, v in self.theta.items()}
+        saved = {n: tuple(v.shape) for n, v in state["theta"].items()}
+        if shapes != saved:
+            raise ValueError(f"the checkpoint's theta has shapes {saved}, but the update rule needs {shapes}; resume with the same rule")
+        if list(state["estimators"]) != list(self.work):
+            raise ValueError(
+                f"the checkpoint was made with families {', '.join(state['estimators'])}, not {', '.join(self.work)}; "
+                "resume with the same families"
+            )
+        for name, value in state["theta"].items():
+            self.theta[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.estimator_states = {
+            n: self.estimator.load_state_dict(self.work[n], s) for n, s in state["estimators"].items()
+        }
+        self.outer_step = state["outer_step"]
+        self.best_theta, self.best_score, self.best_step = state["best_theta"], state["best_score"], state["best_step"]
+        self.totals = dict(state["totals"])
+        self._skips_in_a_row = state["skips_in_a_row"]
