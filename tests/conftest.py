@@ -1,0 +1,39 @@
+"""What every test runs under: warnings are errors, one thread, nothing sent anywhere, no seed left to chance."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports them: the tracker must neither ask for a login nor print, and plots need no display.
+# Assigned, not defaulted: a developer's own settings must not turn a test into an upload.
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+import torch
+
+# Tests run many small programs: one thread is as fast as two, leaves a core to the processes that tests start,
+# and fixes the order of every sum.
+torch.set_num_threads(1)
+
+_ALLOWED_WARNINGS: tuple[str, ...] = ()
+"""Filters in pytest's syntax for warnings of other libraries that we cannot avoid; each with the reason above it."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Add the exceptions to pyproject's `filterwarnings = ["error"]`."""
+    for line in _ALLOWED_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """A test that builds an `nn.Module` draws from torch's global generator: always from the same state of it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator with a fixed seed."""
+    return torch.Generator().manual_seed(0)
