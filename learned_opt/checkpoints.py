@@ -9,37 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from learned_opt.files import write_atomically
+
 _NAME = re.compile(r"(?P<kind>step|best)-(?P<step>\d{8})\.(?P<hash>[0-9a-f]{16})\.pt")
 
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or cannot be written."""
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds either its old content or all of the new, whatever happens in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class CheckpointFolder:
@@ -80,9 +62,9 @@ class CheckpointFolder:
         path = self.folder / f"step-{name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, data)
+            write_atomically(path, data)
             if best:
-                write_atomic(self.folder / f"best-{name}", data)
+                write_atomically(self.folder / f"best-{name}", data)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write the checkpoint {path}: {error.strerror}; free some space or make the folder writable, then "

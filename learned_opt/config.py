@@ -13,37 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
+from learned_opt.evaluation import DEFAULT_BASELINES, EvaluationConfig
 from learned_opt.meta_trainer import MetaTrainerConfig
 from learned_opt.tracking import TrackingConfig
 
 Settings = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """What the trained optimizer is compared on when the run ends.
-
-    Attributes:
-        families: label -> family, beside the training families, to report on: shapes and kinds that training never saw.
-        horizon: inner steps; 0 for the longest training horizon.
-        num_tasks: meta-test tasks per family, at least 2.
-        num_tuning_tasks: meta-validation tasks per family that the baselines' learning rates are tuned on, at least 1.
-        baselines: names in `learned_opt.evaluation`; empty for no evaluation at all.
-        seed: names the meta-test tasks.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-    families: dict[str, Settings] = dataclasses.field(default_factory=dict)
-    horizon: int = 0
-    num_tasks: int = 64
-    num_tuning_tasks: int = 16
-    baselines: tuple[str, ...] = ("sgd", "nesterov", "rmsprop", "adam")
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("horizon", 0), ("num_tasks", 2), ("num_tuning_tasks", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"evaluation.{name} must be at least {least}; got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +32,10 @@ class RunConfig:
         estimator: name of the meta-gradient estimator, see `learned_opt.estimators.ESTIMATORS`.
         estimator_settings: its settings.
         trainer: horizons, meta-loss, meta-optimizer, numbers of steps.
-        evaluation: what the result is compared on.
+        test_families: label -> family, beside the training families, that the result is reported on: shapes and kinds that training
+            never saw.
+        baselines: what it is compared with, names in `learned_opt.evaluation.BASELINES`; empty for no evaluation.
+        evaluation: how it is compared.
         tracking: Weights & Biases.
         checkpoint_every: outer steps between checkpoints, at least 1.
         keep_checkpoints: how many of the last to keep, at least 1.
@@ -74,6 +51,8 @@ class RunConfig:
     estimator: str = "backprop"
     estimator_settings: Settings = dataclasses.field(default_factory=dict)
     trainer: MetaTrainerConfig = MetaTrainerConfig()
+    test_families: dict[str, Settings] = dataclasses.field(default_factory=dict)
+    baselines: tuple[str, ...] = DEFAULT_BASELINES
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint_every: int = 50
@@ -87,7 +66,7 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not self.families:
             raise ValueError("families is empty; name at least one task family to meta-train on")
-        for where in (self.families, self.validation_families, self.evaluation.families):
+        for where in (self.families, self.validation_families, self.test_families):
             for label, settings in where.items():
                 if not isinstance(settings.get("name"), str):
                     raise ValueError(f"family {label!r} needs a name, as in {{name: image_mlp, activation: relu}}; got {settings}")
@@ -100,9 +79,9 @@ class RunConfig:
         """Write the configuration as YAML."""
         import yaml
 
-        from learned_opt.checkpoints import write_atomic
+        from learned_opt.files import write_atomically
 
-        write_atomic(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True).encode())
+        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True).encode())
 
 
 def from_dict(values: Mapping[str, Any], *, source: str = "the configuration") -> RunConfig:
