@@ -92,8 +92,8 @@ class BatchedFamily:
                     f"{self.family.name}: all tasks of a family must have parameters of one shape; "
                     f"expected {dict(zip(self.names, self.shapes))}, got {dict(zip(params, shapes))}"
                 )
-        params = torch.stack([torch.cat([v.reshape(-1) for v in params.values()]) for _, params in drawn])
-        return self._move(stack([task for task, _ in drawn])), params.to(self.device, self.dtype)
+        flat = torch.stack([torch.cat([v.reshape(-1) for v in params.values()]) for _, params in drawn])
+        return self._move(stack([task for task, _ in drawn])), flat.to(self.device, self.dtype)
 
     def batches(self, tasks: Tensors, seeds: Sequence[int], steps: Sequence[int], num_steps: int) -> Tensors:
         """The next `num_steps` batches of every particle, each tensor [num_steps, particles, …].

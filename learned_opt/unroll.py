@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ class Particles:
         return {n: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else v for n, v in out.items()}
 
     @classmethod
-    def from_state_dict(cls, state: dict, batched: BatchedFamily, split: str) -> Particles:
+    def from_state_dict(cls, state: dict[str, Any], batched: BatchedFamily, split: str) -> Particles:
         """The particles that `state_dict` described, their tasks drawn again."""
         tasks, _ = batched.start(split, state["seeds"])
         return cls(tasks=tasks, **state)
