@@ -8,10 +8,18 @@ from typing import Any
 
 from learned_opt.estimators.backprop import TruncatedBackprop
 from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.estimators.es import TruncatedES
+from learned_opt.estimators.nres import NRES
+from learned_opt.estimators.pes import PES
 
-__all__ = ["ESTIMATORS", "Estimate", "Estimator", "TruncatedBackprop", "Workload", "get"]
+__all__ = ["ESTIMATORS", "NRES", "PES", "Estimate", "Estimator", "TruncatedBackprop", "TruncatedES", "Workload", "get"]
 
-ESTIMATORS: dict[str, Callable[..., Estimator]] = {TruncatedBackprop.kind: TruncatedBackprop}
+ESTIMATORS: dict[str, Callable[..., Estimator]] = {
+    TruncatedBackprop.kind: TruncatedBackprop,
+    TruncatedES.kind: TruncatedES,
+    PES.kind: PES,
+    NRES.kind: NRES,
+}
 """A new estimator is one file and one line here."""
 
 

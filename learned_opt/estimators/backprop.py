@@ -64,7 +64,7 @@ class TruncatedBackprop(Estimator):
         value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid)
         grads = (self._replay if self.order == 1 else self._exact)(work, theta, segment, weights)
         return Estimate(
-            grads=grads,
+            grads={n: torch.zeros_like(g) if n in work.frozen else g for n, g in grads.items()},
             meta_loss=float(value),
             num_inner_steps=work.truncation * len(state),
             num_invalid=int((~segment.valid).sum()),

@@ -9,6 +9,7 @@ from typing import Any
 from learned_opt.rules.adam import AdamRule, AdamRuleConfig
 from learned_opt.rules.base import DEFAULT_CHUNK, RuleConfig, UpdateRule, chunked_update, slice_coordinates
 from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
+from learned_opt.rules.sgd import SGDRule, SGDRuleConfig
 
 __all__ = [
     "DEFAULT_CHUNK",
@@ -18,6 +19,8 @@ __all__ = [
     "LSTMRule",
     "LSTMRuleConfig",
     "RuleConfig",
+    "SGDRule",
+    "SGDRuleConfig",
     "UpdateRule",
     "chunked_update",
     "get",
@@ -27,6 +30,7 @@ __all__ = [
 _KINDS: dict[str, tuple[Callable[[Any], UpdateRule], type[RuleConfig]]] = {
     AdamRule.kind: (AdamRule, AdamRuleConfig),
     LSTMRule.kind: (LSTMRule, LSTMRuleConfig),
+    SGDRule.kind: (SGDRule, SGDRuleConfig),
 }
 
 RULES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,6 +41,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         {"inputs": "log_and_sign", "num_layers": 2, "hidden_size": 20, "output_scale": 0.1, "output_tanh": False},
     ),
     "adam": ("adam", {}),
+    "sgd": ("sgd", {}),
 }
 """Named configurations: name -> (kind, settings). A new rule is one file and one line here."""
 
