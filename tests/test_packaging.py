@@ -23,20 +23,21 @@ PACKAGES = ("learned_opt", "tasks")
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built from a copy so that the tree gets no build folder; with the installed setuptools."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+    target = tmp_path_factory.mktemp("wheel")
+    source = target / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "train_optimizer.py"):
         shutil.copy(ROOT / name, source)
     # Everything that stands beside the packages comes too: it must stay out of the wheel.
-    for name in (*PACKAGES, "tests", "benchmarks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (ROOT / name for name in (*PACKAGES, "tests", "benchmarks")):
+        if folder.is_dir():
+            shutil.copytree(folder, source / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     result = subprocess.run(
-        [*command, "--wheel-dir", str(folder), str(source)], capture_output=True, text=True, timeout=120
+        [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    (built,) = folder.glob("learned_opt-*-py3-none-any.whl")
+    (built,) = target.glob("learned_opt-*-py3-none-any.whl")
     return built
 
 
