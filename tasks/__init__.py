@@ -1,0 +1,64 @@
+"""Task families, and the table of their names.
+
+`tasks.get(name, **config)` builds any of them, and `tasks.get(family.name, **family.config()) == family`. Importing
+this package loads no data and needs torch and numpy alone; a family loads its data set when it is first used. A family
+on data of your own is a `ModuleFamily`, which holds a module and a data set and is therefore made in Python rather than
+by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, cast
+
+from learned_opt.task import TaskFamily
+from tasks.augment import ConvexMixing, GradientNoise, LossScaling, Reparametrized, SmallerBatches
+from tasks.data.grouped import GroupedData
+from tasks.image_mlp import ImageMLP
+from tasks.module import ModuleFamily
+from tasks.quadratic import Quadratic
+
+__all__ = ["FAMILIES", "GroupedData", "ModuleFamily", "get"]
+
+FAMILIES: dict[str, type[TaskFamily]] = {
+    family.name: family
+    for family in (
+        Quadratic,
+        ImageMLP,
+        Reparametrized,
+        LossScaling,
+        GradientNoise,
+        SmallerBatches,
+        ConvexMixing,
+    )
+}
+"""Every family that a name and a configuration rebuild. A new family is one file and one line here."""
+
+
+def get(name: str, **config: Any) -> TaskFamily:
+    """The task family of this name.
+
+    Args:
+        name: a name in `FAMILIES`.
+        **config: the family's fields; those left out keep their defaults.
+
+    Raises:
+        ValueError: an unknown name or field (near matches are suggested), or a value out of range.
+    """
+    if name not in FAMILIES:
+        if name == ModuleFamily.name:
+            raise ValueError(
+                "a family on your own module is made in Python, not by name: tasks.ModuleFamily(module, loss, data)"
+            )
+        raise ValueError(f"unknown task family {name!r}; {_suggest(name, sorted(FAMILIES))}")
+    fields = [field.name for field in dataclasses.fields(cast(Any, FAMILIES[name]))]
+    for field in config:
+        if field not in fields:
+            raise ValueError(f"task family {name!r} has no field {field!r}; {_suggest(field, fields)}")
+    return FAMILIES[name](**config)
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""Multilayer perceptrons on small images: digits from scikit-learn out of the box, MNIST and Fashion-MNIST from files or download."""
+"""Multilayer perceptrons on small images: scikit-learn's digits; MNIST and Fashion-MNIST by file or download."""
 
 from __future__ import annotations
 
@@ -6,35 +6,28 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from torch.nn import functional as F
 
-from learned_opt.task import TaskFamily, Tensors, check_split
-from tasks.data.images import load_images, split_rows
-
-ACTIVATIONS = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-}
+from learned_opt.task import Tensors
+from tasks.data.images import check_dataset, load_split_images
+from tasks.data.rows import RowSplit
+from tasks.supervised import SupervisedFamily, apply_mlp, check_network, init_mlp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageMLP(TaskFamily):
-    """Cross-entropy of an MLP classifier on mini-batches of images.
+class ImageMLP(SupervisedFamily):
+    """Cross-entropy of an MLP classifier on mini-batches of images, pixels in [0, 1].
 
-    A task is a random initialization and a random order of mini-batches. Meta-train, meta-validation and meta-test tasks use
-    disjoint rows of the data set (`tasks.data.images.split_rows`).
+    A task is a random initialization and a random order of mini-batches. Meta-train, meta-validation and meta-test
+    tasks use disjoint rows of the data set (`tasks.data.rows.split_rows`). Reference: ln 10 = 2.303 is the loss of a
+    uniform guess; 0 is the infimum.
 
     Attributes:
         dataset: "digits", "mnist" or "fashion_mnist".
         data_dir: folder with the data set's IDX files; empty to use scikit-learn's copy or download.
+        meta_test_from: 0 for a fixed random split of the rows; otherwise rows keep their order and those from this
+            number on are meta-test, for example 8000 of the 10,000 rows of MNIST's t10k files.
         hidden: widths of the hidden layers, () for logistic regression.
-        activation: one of `ACTIVATIONS`.
-        batch_size: rows per mini-batch, drawn with replacement.
+        activation: one of `tasks.activations.ACTIVATIONS`.
         init: "normal" (weights N(0, init_scale²), biases 0) or "fan_in" (weights N(0, init_scale²/fan_in), biases 0).
         init_scale: see init.
     """
@@ -42,55 +35,24 @@ class ImageMLP(TaskFamily):
     name: ClassVar[str] = "image_mlp"
     dataset: str = "digits"
     data_dir: str = ""
+    meta_test_from: int = 0
     hidden: tuple[int, ...] = (20,)
     activation: str = "sigmoid"
-    batch_size: int = 64
     init: str = "normal"
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
-        if self.init not in ("normal", "fan_in"):
-            raise ValueError(f"init must be normal or fan_in; got {self.init!r}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {self.batch_size}")
-        if any(width < 1 for width in self.hidden):
-            raise ValueError(f"hidden widths must be at least 1; got {self.hidden}")
-        if not self.init_scale > 0:
-            raise ValueError(f"init_scale must be positive; got {self.init_scale}")
+        super().__post_init__()
         object.__setattr__(self, "hidden", tuple(self.hidden))
+        check_dataset(self.dataset, self.data_dir)
+        check_network(self.hidden, self.activation, self.init, self.init_scale)
 
-    def shared_data(self) -> Tensors:
-        images, labels = load_images(self.dataset, self.data_dir)
-        return {"images": images, "labels": labels}
-
-    def sample_task(self, split: str, generator: torch.Generator) -> Tensors:
-        images, _ = load_images(self.dataset, self.data_dir)
-        return {"rows": split_rows(len(images))[check_split(split)]}
+    def load(self) -> tuple[torch.Tensor, torch.Tensor, RowSplit]:
+        return load_split_images(self.dataset, self.data_dir, self.meta_test_from)
 
     def init_params(self, task: Tensors, generator: torch.Generator) -> Tensors:
-        images, labels = load_images(self.dataset, self.data_dir)
-        widths = [images.shape[1], *self.hidden, int(labels.max()) + 1]
-        params: Tensors = {}
-        for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
-            scale = self.init_scale / (fan_in**0.5 if self.init == "fan_in" else 1.0)
-            params[f"weight{i}"] = torch.randn(fan_in, fan_out, generator=generator) * scale
-            params[f"bias{i}"] = torch.zeros(fan_out)
-        return params
+        images, _, _ = self.load()
+        return init_mlp([images.shape[1], *self.hidden, self.num_outputs()], self.init, self.init_scale, generator)
 
-    def sample_batches(self, task: Tensors, num_steps: int, generator: torch.Generator) -> Tensors:
-        chosen = torch.randint(len(task["rows"]), (num_steps, self.batch_size), generator=generator)
-        return {"rows": task["rows"].cpu()[chosen]}
-
-    def logits(self, params: Tensors, images: torch.Tensor) -> torch.Tensor:
-        """Class scores [rows, classes] of flattened images [rows, pixels]."""
-        activate = ACTIVATIONS[self.activation]
-        x = images @ params["weight0"] + params["bias0"]
-        for i in range(1, len(self.hidden) + 1):
-            x = activate(x) @ params[f"weight{i}"] + params[f"bias{i}"]
-        return x
-
-    def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
-        logits = self.logits(params, task["images"][batch["rows"]])
-        return F.cross_entropy(logits, task["labels"][batch["rows"]])
+    def outputs(self, params: Tensors, task: Tensors, inputs: torch.Tensor) -> torch.Tensor:
+        return apply_mlp(params, self.activation, inputs)

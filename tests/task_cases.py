@@ -1,0 +1,73 @@
+"""Small members of every registered task family, for the contract suite and its relatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tasks
+from learned_opt.task import TaskFamily
+
+_QUADRATIC = {"name": "quadratic", "dim": 4}
+_DIGITS = {"name": "image_mlp", "hidden": [4], "batch_size": 6}
+
+CASES: dict[str, dict[str, Any]] = {
+    "quadratic": _QUADRATIC,
+    "quadratic-zero_start": {**_QUADRATIC, "convention": "zero_start"},
+    "quadratic-uniform": {**_QUADRATIC, "convention": "uniform"},
+    "image_mlp": _DIGITS,
+    "image_mlp-logistic": {**_DIGITS, "hidden": []},
+    "image_mlp-deep": {**_DIGITS, "hidden": [5, 4], "activation": "gelu", "init": "fan_in", "init_scale": 1.0},
+    "image_mlp-label_noise": {**_DIGITS, "label_noise": 0.5},
+    "reparametrized": {"name": "reparametrized", "family": _DIGITS},
+    "reparametrized-global": {"name": "reparametrized", "family": _QUADRATIC, "scope": "global", "log_range": 1.0},
+    "reparametrized-tensor": {"name": "reparametrized", "family": _DIGITS, "scope": "tensor", "probability": 0.5},
+    "loss_scaling": {"name": "loss_scaling", "family": _QUADRATIC},
+    "gradient_noise": {"name": "gradient_noise", "family": _DIGITS, "std": 0.1},
+    "smaller_batches": {"name": "smaller_batches", "family": _DIGITS},
+    "convex_mixing": {"name": "convex_mixing", "family": _DIGITS, "dim": 3},
+    "nested": {
+        "name": "reparametrized",
+        "scope": "tensor",
+        "family": {
+            "name": "convex_mixing",
+            "family": {"name": "gradient_noise", "family": {"name": "reparametrized", "family": _DIGITS}},
+        },
+    },
+}
+"""label -> the family's name and fields, as a configuration file would hold them."""
+
+
+def grouped_module() -> tasks.ModuleFamily:
+    """A user's module on 12 groups of unequal size with a buffer of its own."""
+    generator = torch.Generator().manual_seed(5)
+    groups = torch.repeat_interleave(torch.arange(12), torch.arange(12) + 4)
+    inputs = torch.randn(len(groups), 3, generator=generator)
+    targets = (inputs.sum(1) + 0.1 * groups > 0).long()
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.BatchNorm1d(4).eval(), nn.Linear(4, 2))
+    return tasks.ModuleFamily(module, F.cross_entropy, tasks.GroupedData(inputs, targets, groups), batch_size=5)
+
+
+def sampled_module() -> tasks.ModuleFamily:
+    """A user's module on data sampled by a function."""
+
+    def lines(split: str, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        slope = torch.randn((), generator=generator)
+        inputs = torch.randn(8, 1, generator=generator)
+        return inputs, slope * inputs
+
+    return tasks.ModuleFamily(
+        lambda: nn.Sequential(nn.Linear(1, 3), nn.ELU(), nn.Linear(3, 1)), F.mse_loss, lines, batch_size=3
+    )
+
+
+OWN = {"module-grouped": grouped_module, "module-sampled": sampled_module}
+LABELS = [*CASES, *OWN]
+
+
+def make(label: str) -> TaskFamily:
+    """The family of this label."""
+    return OWN[label]() if label in OWN else tasks.get(**CASES[label])

@@ -1,0 +1,284 @@
+"""The contract of a task family, held to every registered family and to families on modules of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+import tasks
+from learned_opt import rules
+from learned_opt.batched import BatchedFamily
+from learned_opt.task import SPLITS, TaskFamily, draw_batches, draw_task, task_seed
+from learned_opt.truncation import HorizonSchedule
+from learned_opt.unroll import EpisodePlan, start_particles, unroll
+from tests.task_cases import CASES, LABELS, OWN, make
+
+DOCS = Path(__file__).parent.parent / "docs" / "tasks.md"
+
+
+@lru_cache(maxsize=None)
+def family_of(label: str) -> TaskFamily:
+    return make(label)
+
+
+@lru_cache(maxsize=None)
+def batched_of(label: str) -> BatchedFamily:
+    return BatchedFamily(family_of(label), dtype=torch.float64)
+
+
+def seeds_of(split: str, count: int) -> list[int]:
+    return [task_seed(split, 7, i) for i in range(count)]
+
+
+def double(tensors):
+    return {n: v.double() if v.is_floating_point() else v for n, v in tensors.items()}
+
+
+def one_task(label: str, split: str, seed: int, step: int = 0):
+    """(params, task with shared data, batch) in float64, made without `BatchedFamily`."""
+    family = family_of(label)
+    task, params = draw_task(family, split, seed)
+    batch = {n: v[0] for n, v in draw_batches(family, task, seed, step, 1).items()}
+    return double(params), double({**task, **family.shared_data()}), double(batch)
+
+
+def test_every_registered_family_has_a_case():
+    assert {case["name"] for case in CASES.values()} == set(tasks.FAMILIES)
+    assert all(family.name == name for name, family in tasks.FAMILIES.items())
+
+
+@pytest.mark.parametrize("name", [*sorted(tasks.FAMILIES), "module"])
+def test_documented(name):
+    family = tasks.FAMILIES.get(name, tasks.ModuleFamily)
+    assert f"| `{name}` |" in DOCS.read_text(encoding="utf-8")
+    doc = inspect.getdoc(family)
+    assert doc is not None
+    if dataclasses.is_dataclass(family):
+        inherited = "".join(inspect.getdoc(base) or "" for base in family.__mro__)
+        for field in dataclasses.fields(family):
+            assert f"{field.name}:" in inherited or f"{field.name}, " in inherited or f", {field.name}" in inherited
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_batched_equals_one_by_one(label):
+    batched, family = batched_of(label), family_of(label)
+    seeds = seeds_of("meta_train", 3)
+    stacked, params = batched.start("meta_train", seeds)
+    steps = [0, 3, 40]
+    batches = batched.batches(stacked, seeds, steps, 1)
+    batch = {n: v[0] for n, v in batches.items()}
+    for _ in range(10):  # the later calls run the traced program
+        losses, grads = batched.losses_and_grads(params, stacked, batch)
+    metrics = batched.eval_metrics(params, stacked)
+    for i, (seed, step) in enumerate(zip(seeds, steps)):
+        single, task, single_batch = one_task(label, "meta_train", seed, step)
+        leaves = {n: v.clone().requires_grad_() for n, v in single.items()}
+        loss = family.loss(leaves, task, single_batch)
+        want = torch.autograd.grad(loss, list(leaves.values()))
+        torch.testing.assert_close(losses[i], loss.detach(), rtol=1e-9, atol=1e-12)
+        flat = torch.cat([g.reshape(-1) for g in want])
+        torch.testing.assert_close(grads[i], flat, rtol=1e-8, atol=1e-10 * float(flat.abs().max()))
+        single_metrics = family.eval_metrics(single, task)
+        assert set(single_metrics) == set(metrics)
+        for name, value in single_metrics.items():
+            torch.testing.assert_close(metrics[name][i], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_gradient_equals_central_differences(label):
+    family = family_of(label)
+    params, task, batch = one_task(label, "meta_train", seeds_of("meta_train", 1)[0])
+    # Gradient noise is in the gradient and not in the loss; tests/test_tasks_augment.py looks at it.
+    batch = {n: torch.zeros_like(v) if n.startswith("gradient_noise") else v for n, v in batch.items()}
+    leaves = {n: v.clone().requires_grad_() for n, v in params.items()}
+    grads = torch.autograd.grad(family.loss(leaves, task, batch), list(leaves.values()))
+    grads = dict(zip(params, grads))
+    scale = torch.cat([g.reshape(-1) for g in grads.values()]).norm()
+    assert scale > 0
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        direction = {n: torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in params.items()}
+        # Relative to each parameter's size where that is small, so that the step suits every parametrization.
+        size = max(1e-3, min(1.0, float(torch.cat([v.reshape(-1) for v in params.values()]).abs().mean())))
+        h = 1e-6 * size
+        there = family.loss({n: v + h * direction[n] for n, v in params.items()}, task, batch)
+        back = family.loss({n: v - h * direction[n] for n, v in params.items()}, task, batch)
+        slope = sum(float((grads[n] * direction[n]).sum()) for n in params)
+        assert float(there - back) / (2 * h) == pytest.approx(slope, rel=1e-4, abs=1e-5 * float(scale))
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_same_seed_same_task_and_no_global_randomness(label):
+    family, seed = family_of(label), seeds_of("meta_validation", 1)[0]
+
+    def draw():
+        task, params = draw_task(family, "meta_validation", seed)
+        return [task, params, draw_batches(family, task, seed, 0, 5)]
+
+    torch.manual_seed(1)
+    first = draw()
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    second = draw()
+    for a, b in zip(first, second):
+        assert list(a) == list(b)
+        assert all(torch.equal(a[n], b[n]) for n in a)
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_another_seed_is_another_task(label):
+    family = family_of(label)
+    drawn = []
+    for seed in seeds_of("meta_train", 2):
+        task, params = draw_task(family, "meta_train", seed)
+        drawn.append({**task, **params, **{f"batch {n}": v for n, v in draw_batches(family, task, seed, 0, 1).items()}})
+    assert any(not torch.equal(drawn[0][n], drawn[1][n]) for n in drawn[0])
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_splits_share_nothing(label):
+    family = family_of(label)
+    seeds = {split: seeds_of(split, 12) for split in SPLITS}
+    assert len({s for group in seeds.values() for s in group}) == 36
+    assert all(s % 3 == i for i, split in enumerate(SPLITS) for s in seeds[split])
+    rows: dict[str, set[int]] = {split: set() for split in SPLITS}
+    for split in SPLITS:
+        for seed in seeds[split]:
+            task, _ = draw_task(family, split, seed)
+            batches = draw_batches(family, task, seed, 0, 32)
+            if "rows" not in batches or "inputs" in task:
+                return  # the constants are drawn from the seed alone
+            rows[split] |= set(batches["rows"].flatten().tolist())
+    a, b, c = (rows[split] for split in SPLITS)
+    assert not a & b and not a & c and not b & c
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_metrics_read_none_of_the_rows_that_tasks_train_on(label):
+    family = family_of(label)
+    shared = family.shared_data()
+    if "inputs" not in shared or not shared["inputs"].is_floating_point():
+        pytest.skip("no shared rows of numbers")
+    trained: list[torch.Tensor] = []
+    held_out = {}
+    for split in SPLITS:
+        for seed in seeds_of(split, 12):
+            task, params = draw_task(family, split, seed)
+            trained.append(draw_batches(family, task, seed, 0, 32)["rows"].flatten())
+            held_out[split] = (task, params)
+    poisoned = shared["inputs"].clone()
+    poisoned[torch.cat(trained)] = float("nan")
+    for task, params in held_out.values():
+        for value in family.eval_metrics(params, {**task, **shared, "inputs": poisoned}).values():
+            assert torch.isfinite(value)
+            assert value.dim() == 0
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_finite_at_initialization(label):
+    batched = batched_of(label)
+    for split in SPLITS:
+        seeds = seeds_of(split, 8)
+        stacked, params = batched.start(split, seeds)
+        batch = {n: v[0] for n, v in batched.batches(stacked, seeds, [0] * 8, 1).items()}
+        losses, grads = batched.losses_and_grads(params, stacked, batch)
+        assert torch.isfinite(losses).all() and torch.isfinite(grads).all()
+        assert all(torch.isfinite(v).all() for v in batched.eval_metrics(params, stacked).values())
+
+
+@pytest.mark.parametrize("label", list(CASES))
+def test_rebuilt_from_name_and_config_alone(label):
+    family = family_of(label)
+    text = json.dumps({"name": family.name, **family.config()})
+    rebuilt = tasks.get(**json.loads(text))
+    assert rebuilt == family
+    assert hash(rebuilt) == hash(family)
+    assert rebuilt.describe() == family.describe()
+    assert tasks.get(family.name, **family.config()) == family
+
+
+@pytest.mark.parametrize("label", list(OWN))
+def test_config_of_an_own_module_is_plain(label):
+    config = family_of(label).config()
+    assert json.loads(json.dumps(config)) == config
+    assert make(label).config() == config
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_batches_do_not_depend_on_the_truncation(label):
+    family, seed = family_of(label), seeds_of("meta_train", 1)[0]
+    task, _ = draw_task(family, "meta_train", seed)
+    whole = draw_batches(family, task, seed, 0, 40)
+    parts = [draw_batches(family, task, seed, 0, 13), draw_batches(family, task, seed, 13, 27)]
+    for name, value in whole.items():
+        assert len(value) == 40
+        assert torch.equal(value, torch.cat([part[name] for part in parts]))
+
+
+@pytest.mark.parametrize("rule_name", list(rules.RULES))
+@pytest.mark.parametrize("label", LABELS)
+def test_every_rule_runs_20_inner_steps(label, rule_name):
+    batched, rule = batched_of(label), rules.get(rule_name)
+    theta = {n: v.double() for n, v in rule.init_theta(torch.Generator().manual_seed(0)).items()}
+    plan = EpisodePlan(split="meta_train", run_seed=0, horizons=HorizonSchedule(longest=15))
+    particles = start_particles(batched, rule, plan, [0, 1])
+    segment = unroll(rule, theta, batched, plan, particles, 20)
+    assert torch.isfinite(segment.losses).all()
+    assert segment.valid.all()
+    assert sum(particles.episodes) >= 2
+
+
+def test_unknown_names_suggest_near_ones():
+    with pytest.raises(ValueError, match="unknown task family 'quadratc'; did you mean quadratic?"):
+        tasks.get("quadratc")
+    with pytest.raises(ValueError, match="unknown task family 'zzz'; choose from .*image_mlp"):
+        tasks.get("zzz")
+    with pytest.raises(ValueError, match="task family 'image_mlp' has no field 'hiden'; did you mean hidden?"):
+        tasks.get("image_mlp", hiden=(3,))
+    with pytest.raises(ValueError, match="task family 'quadratic' has no field 'zzz'; choose from dim, convention"):
+        tasks.get("quadratic", zzz=3)
+    with pytest.raises(ValueError, match=r"made in Python, not by name: tasks.ModuleFamily\(module, loss, data\)"):
+        tasks.get("module")
+
+
+BAD_FIELDS = {
+    "image_mlp": [
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"label_noise": 1.5}, r"label_noise must lie in \[0, 1\]; got 1.5"),
+        ({"dataset": "mist"}, "dataset must be one of digits, mnist, fashion_mnist; got 'mist'"),
+        ({"data_dir": "x"}, "dataset 'digits' ships with scikit-learn and takes no data_dir; got 'x'"),
+        ({"hidden": (0,)}, r"hidden widths must be at least 1; got \(0,\)"),
+        ({"activation": "step"}, "activation must be one of .*relu.*; got 'step'"),
+        ({"init": "zeros"}, "init must be one of normal, fan_in; got 'zeros'"),
+        ({"init_scale": 0.0}, "init_scale must be positive; got 0.0"),
+    ],
+    "quadratic": [
+        ({"dim": 0}, "dim must be at least 1; got 0"),
+        ({"convention": "odd"}, "convention must be one of normal, zero_start, uniform; got 'odd'"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"), [(n, *bad) for n, all_bad in BAD_FIELDS.items() for bad in all_bad]
+)
+def test_values_out_of_range(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.get(name, **fields)
+
+
+def test_quadratic_reference_optimum():
+    """The docstring's reference: W is square, so solving Wθ = y brings the loss to 0."""
+    family = tasks.get("quadratic", dim=5)
+    task, _ = draw_task(family, "meta_test", task_seed("meta_test", 0))
+    task = double(task)
+    solved = {"theta": torch.linalg.solve(task["w"], task["y"])}
+    assert family.loss(solved, task, {}) < 1e-16
