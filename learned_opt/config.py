@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, YAML files and presets.
 
-A `RunConfig` is plain values all the way down, so that the file written to the run folder reproduces the run. pydantic checks
-the types of what comes out of a file; each dataclass checks its own ranges when it is made.
+A `RunConfig` is plain values all the way down, so that the file written to the run folder reproduces the run. pydantic
+checks the types of what comes out of a file; each dataclass checks its own ranges when it is made.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class RunConfig:
         estimator: name of the meta-gradient estimator, see `learned_opt.estimators.ESTIMATORS`.
         estimator_settings: its settings.
         trainer: horizons, meta-loss, meta-optimizer, numbers of steps.
-        test_families: label -> family, beside the training families, that the result is reported on: shapes and kinds that training
-            never saw.
+        test_families: label -> family, beside the training families, that the result is reported on: shapes and kinds
+            that training never saw.
         baselines: what it is compared with, names in `learned_opt.evaluation.BASELINES`; empty for no evaluation.
         evaluation: how it is compared.
         tracking: Weights & Biases.
@@ -69,7 +69,9 @@ class RunConfig:
         for where in (self.families, self.validation_families, self.test_families):
             for label, settings in where.items():
                 if not isinstance(settings.get("name"), str):
-                    raise ValueError(f"family {label!r} needs a name, as in {{name: image_mlp, activation: relu}}; got {settings}")
+                    raise ValueError(
+                        f"family {label!r} needs a name, as in {{name: image_mlp, activation: relu}}; got {settings}"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and JSON."""
@@ -101,9 +103,16 @@ def from_dict(values: Mapping[str, Any], *, source: str = "the configuration") -
             if item["type"] == "unexpected_keyword_argument":
                 names = _field_names(item["loc"][:-1])
                 near = difflib.get_close_matches(str(item["loc"][-1]), names, n=2)
-                lines.append(f"{where}: no such setting" + (f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(names)}"))
+                lines.append(
+                    f"{where}: no such setting"
+                    + (f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(names)}")
+                )
             else:
-                lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}" if where else item["msg"].removeprefix("Value error, "))
+                lines.append(
+                    f"{where}: {item['msg'].removeprefix('Value error, ')}"
+                    if where
+                    else item["msg"].removeprefix("Value error, ")
+                )
         raise ValueError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
 
 
@@ -143,7 +152,10 @@ def preset(name: str) -> RunConfig:
     names = preset_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=2)
-        raise ValueError(f"unknown preset {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"))
+        raise ValueError(
+            f"unknown preset {name!r}; "
+            + (f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}")
+        )
     with resources.as_file(resources.files("learned_opt") / "presets" / f"{name}.yaml") as path:
         return load(path)
 

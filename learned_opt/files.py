@@ -11,7 +11,8 @@ from pathlib import Path
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds either its old content or all of the new, whatever happens in between.
 
-    A temporary file in the same folder is forced to the disk and renamed over `path`, and the folder's entry is forced too.
+    A temporary file in the same folder is forced to the disk and renamed over `path`, and the folder's entry is forced
+    too.
 
     Raises:
         OSError: the folder does not exist, cannot be written to, or the disk is full; nothing is left behind.

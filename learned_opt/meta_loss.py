@@ -21,8 +21,9 @@ class MetaLoss:
     """How losses along an unroll become one number.
 
     Attributes:
-        normalization: "log" is log(f/f₀), which asks for the same relative progress at every scale of the loss; "ratio" is
-            f/f₀; "none" is f itself. "log" and "ratio" are for losses bounded below by zero: log(f/f₀) is floored at f/f₀ = `floor`.
+        normalization: "log" is log(f/f₀), which asks for the same relative progress at every scale of the loss; "ratio"
+            is f/f₀; "none" is f itself. "log" and "ratio" are for losses bounded below by zero: log(f/f₀) is floored at
+            f/f₀ = `floor`.
         average: "mean" over the steps of the truncation, or its "final" step alone.
         clip: f/f₀ above this counts as this (its gradient is zero); "none" clips f itself relative to max(|f₀|, 1).
         floor: smallest f/f₀ told apart by "log".
@@ -53,7 +54,7 @@ class MetaLoss:
         return ratio.clamp_min(self.floor).log() if self.normalization == "log" else ratio
 
     def per_particle(self, losses: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-        """Meta-losses [..., particles] from losses [..., steps, particles] and initial losses of that or a broadcastable shape."""
+        """Meta-losses [..., particles] from losses [..., steps, particles] and initial losses that broadcast."""
         values = self.normalize(losses, initial)
         return values[..., -1, :] if self.average == "final" else values.mean(-2)
 
@@ -62,7 +63,8 @@ class MetaLoss:
 
         Args:
             losses: [steps, particles], after each step.
-            initial: [steps, particles] or [particles], the losses at the start of the episode that each step belongs to.
+            initial: [steps, particles] or [particles], the losses at the start of the episode that each step belongs
+                to.
             valid: [particles] mask; the values of the others may be non-finite.
         """
         if valid is None:
@@ -71,7 +73,9 @@ class MetaLoss:
         initial = torch.where(valid, initial, 1.0)
         return (self.per_particle(losses, initial) * valid).sum() / valid.sum().clamp_min(1)
 
-    def weights(self, losses: torch.Tensor, initial: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def weights(
+        self, losses: torch.Tensor, initial: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(meta-loss, its derivative with respect to `losses` [steps, particles])."""
         leaf = losses.detach().requires_grad_()
         with torch.enable_grad():

@@ -27,7 +27,10 @@ class Progress:
             TextColumn("meta-training"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("meta-loss {task.fields[loss]}  validation {task.fields[validation]}  {task.fields[rate]} inner steps/s  left"),
+            TextColumn(
+                "meta-loss {task.fields[loss]}  validation {task.fields[validation]}  "
+                "{task.fields[rate]} inner steps/s  left"
+            ),
             TimeRemainingColumn(compact=True),
             console=self.console,
             transient=True,
@@ -41,7 +44,9 @@ class Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def update(self, step: int, meta_loss: float, num_inner_steps: float) -> float:
@@ -67,7 +72,8 @@ class Progress:
         if not self.console.is_terminal:
             rate = self._inner / max(time.perf_counter() - self._began, 1e-9)
             self.console.print(
-                f"outer step {step}/{self._total}  meta-loss {self._smooth:.3f}  validation {score:.3f}{' (best)' if best else ''}  "
+                f"outer step {step}/{self._total}  meta-loss {self._smooth:.3f}  "
+                f"validation {score:.3f}{' (best)' if best else ''}  "
                 f"{rate:,.0f} inner steps/s",
                 highlight=False,
             )

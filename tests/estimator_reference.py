@@ -1,4 +1,4 @@
-"""Small problems, and ES, PES and NRES written out for one arm and one inner step at a time: nothing batched, nothing shared with the unroll."""
+"""Small problems, and ES, PES and NRES written out for one arm and one inner step at a time: nothing batched."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from learned_opt.unroll import EpisodePlan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoisyBowl(TaskFamily):
-    """A curved, non-quadratic loss with mini-batch noise; `noise=0` and `spread=0` make all tasks one deterministic task."""
+    """A curved, non-quadratic loss with mini-batch noise; `noise=0`, `spread=0`: one deterministic task."""
 
     name: ClassVar[str] = "noisy_bowl"
     dim: int = 3

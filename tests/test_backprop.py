@@ -1,4 +1,4 @@
-"""Truncated backpropagation against plain autograd through a hand-written loop, which shares no code with the unroll."""
+"""Truncated backpropagation against plain autograd through a loop written by hand that shares no code with it."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def theta_of(rule, seed=0):
 
 
 def reference(work, theta, ids, num_truncations, second_order):
-    """One task at a time, nothing batched, the whole truncation's graph: returns the last truncation's value and gradient."""
+    """One task at a time, nothing batched, whole graphs: returns the last truncation's value and gradient."""
     family = work.batched.family
     shared = {n: v.double() if v.is_floating_point() else v for n, v in family.shared_data().items()}
     carried = {}
@@ -45,14 +45,28 @@ def reference(work, theta, ids, num_truncations, second_order):
         loss, grad = evaluate(task, params, seed, 0, False)
         size = sum(v.numel() for v in params.values())
         state = work.rule.init_state(size, dtype=torch.float64)
-        return dict(seed=seed, horizon=horizon, task=task, params=params, grad=grad.detach(), f0=loss.detach(), state=state, step=0, episode=episode)
+        return dict(
+            seed=seed,
+            horizon=horizon,
+            task=task,
+            params=params,
+            grad=grad.detach(),
+            f0=loss.detach(),
+            state=state,
+            step=0,
+            episode=episode,
+        )
 
-    for truncation in range(num_truncations):
+    for _ in range(num_truncations):
         leaves = {n: v.clone().requires_grad_() for n, v in theta.items()}
         values = []
         for i in ids:
             p = carried.get(i) or fresh(i, 0)
-            p = {**p, "params": {n: v.detach().requires_grad_() for n, v in p["params"].items()}, "grad": p["grad"].detach()}
+            p = {
+                **p,
+                "params": {n: v.detach().requires_grad_() for n, v in p["params"].items()},
+                "grad": p["grad"].detach(),
+            }
             p["state"] = {n: v.detach() for n, v in p["state"].items()}
             losses, initial = [], []
             for _ in range(work.truncation):
@@ -85,7 +99,11 @@ def test_equals_plain_autograd(family_name, rule_name, order):
     # Horizon 7 with truncation 5: particles restart in the middle of a truncation, and at different steps.
     plan = EpisodePlan(split="meta_train", run_seed=3, horizons=HorizonSchedule(longest=7))
     work = estimators.Workload(
-        rule=rule, batched=BatchedFamily(FAMILIES[family_name], dtype=torch.float64), plan=plan, meta_loss=MetaLoss(), truncation=5
+        rule=rule,
+        batched=BatchedFamily(FAMILIES[family_name], dtype=torch.float64),
+        plan=plan,
+        meta_loss=MetaLoss(),
+        truncation=5,
     )
     estimator = estimators.get("backprop", order=order, **({"chunk_size": 7} if order == 1 else {}))
     state = estimator.init(work, theta, [0, 1, 2])

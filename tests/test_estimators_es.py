@@ -1,4 +1,4 @@
-"""ES, PES and NRES: against their definitions written out one step at a time, and against each other where they must agree."""
+"""ES, PES and NRES: against their definitions written out step by step, and against each other where they agree."""
 
 import dataclasses
 import math
@@ -26,7 +26,8 @@ def run(kind, work, theta, ids, num_truncations, **settings):
 def test_equals_its_definition_with_resets_inside_truncations(kind, rule_name, average):
     rule = rules.get(rule_name)
     theta = theta_of(rule)
-    # Horizon 7 with truncation 5 and random offsets: episodes end in the middle of a truncation, at its end, and at different steps.
+    # Horizon 7 with truncation 5 and random offsets: episodes end in the middle of a truncation, at its end, and at
+    # different steps.
     work = workload(rule, NoisyBowl(), truncation=5, horizon=7, run_seed=3, average=average)
     got, _ = run(kind, work, theta, [0, 1, 2, 3, 4, 5], 6, sigma=0.05)
     want = reference_estimates(kind, work, theta, [0, 2, 4], 0.05, 6)
@@ -41,7 +42,10 @@ def test_several_episodes_inside_one_truncation(kind):
     theta = theta_of(rule)
     work = workload(rule, NoisyBowl(), truncation=11, horizon=11, run_seed=1)
     work = dataclasses.replace(
-        work, plan=dataclasses.replace(work.plan, horizons=dataclasses.replace(work.plan.horizons, kind="log_uniform", shortest=2))
+        work,
+        plan=dataclasses.replace(
+            work.plan, horizons=dataclasses.replace(work.plan.horizons, kind="log_uniform", shortest=2)
+        ),
     )
     got, _ = run(kind, work, theta, range(4), 4, sigma=0.05)
     for estimate, flat in zip(got, reference_estimates(kind, work, theta, [0, 2], 0.05, 4)):
@@ -263,5 +267,7 @@ def test_errors_name_the_argument_and_the_remedy(kind):
         estimators.get(kind).init(work, theta, range(5))
     with pytest.raises(ValueError, match=r"num_particles must be a multiple of 6: .*num_pairs=3 .*; got 4; use 6$"):
         estimators.get(kind, num_pairs=3).init(work, theta, range(4))
-    with pytest.raises(ValueError, match=r"truncation \(5\) must not exceed the longest horizon \(4\); shorten the truncation"):
+    with pytest.raises(
+        ValueError, match=r"truncation \(5\) must not exceed the longest horizon \(4\); shorten the truncation"
+    ):
         workload(rules.get("sgd"), Parabola(), truncation=5, horizon=4)

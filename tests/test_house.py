@@ -187,7 +187,7 @@ STEPPERS = (
 
 
 def rule_applications(tree: ast.AST) -> list[int]:
-    """Lines that apply an update rule: `chunked_update`, `….rule.update`, any `.update` of four positional arguments."""
+    """Lines that apply an update rule: `chunked_update`, `….rule.update`, `.update` of four positional arguments."""
     lines = []
     for node in ast.walk(tree):
         match node:

@@ -1,14 +1,15 @@
 """What the evolution strategies share: pairs of opposite perturbations of theta, and their differences.
 
-A *pair* is one task run twice, by theta + ε and by theta − ε: its two *arms*. Both arms have the particle's name, hence the same task,
-batches and horizons, and they restart together. If only one arm's loss stops being finite, the pair is left out of the
-meta-gradient of that truncation and both arms restart, so that they stay on the same task.
+A *pair* is one task run twice, by theta + ε and by theta − ε: its two *arms*. Both arms have the particle's name, hence
+the same task, batches and horizons, and they restart together. If only one arm's loss stops being finite, the pair is
+left out of the meta-gradient of that truncation and both arms restart, so that they stay on the same task.
 
-ε is a pure function of (run seed, particle, pair within the particle, counter): nothing random is stored, a run resumes to
-the bit, and it does not matter which process runs which pair. The vector is drawn in float64 over theta's tensors in the
-order of their names.
+ε is a pure function of (run seed, particle, pair within the particle, counter): nothing random is stored, a run resumes
+to the bit, and it does not matter which process runs which pair. The vector is drawn in float64 over theta's tensors in
+the order of their names.
 
-A rule with P particles in the configuration has P/2 pairs: what estimators cost is comparable at equal numbers of particles.
+A rule with P particles in the configuration has P/2 pairs: what estimators cost is comparable at equal numbers of
+particles.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ def unflatten(flat: torch.Tensor, theta: Tensors) -> Tensors:
 
 
 def perturbations(
-    theta: Tensors, sigma: float, run_seed: int, pairs: Sequence[Pair], counters: Sequence[int], frozen: Sequence[str] = ()
+    theta: Tensors,
+    sigma: float,
+    run_seed: int,
+    pairs: Sequence[Pair],
+    counters: Sequence[int],
+    frozen: Sequence[str] = (),
 ) -> torch.Tensor:
     """Draw ε ~ N(0, sigma²) for every pair.
 
@@ -97,7 +103,8 @@ class PairState:
         pairs: their names.
         particles: what is carried from truncation to truncation: one per task (ES), or the arms (PES, NRES).
         counter: truncations so far.
-        accumulated: PES: [pairs, num_theta], the sum of the perturbations each pair's current episode has seen; else None.
+        accumulated: PES: [pairs, num_theta], the sum of the perturbations each pair's current episode has seen; else
+            None.
     """
 
     pairs: list[Pair]
@@ -112,8 +119,9 @@ class AntitheticEstimator(Estimator):
     Args:
         sigma: standard deviation of the perturbations of theta, positive.
         num_pairs: pairs that share one task, at least 1.
-        difference: what becomes of a pair's difference of meta-losses L(theta + ε) − L(theta − ε): "plain" keeps it, "sign" replaces it
-            by ±`difference_scale`, "clip" limits it to ±`difference_scale`. Only "plain" is unbiased.
+        difference: what becomes of a pair's difference of meta-losses L(theta + ε) − L(theta − ε): "plain" keeps it,
+            "sign" replaces it by ±`difference_scale`, "clip" limits it to ±`difference_scale`. Only "plain" is
+            unbiased.
         difference_scale: see difference, positive.
     """
 
@@ -143,7 +151,8 @@ class AntitheticEstimator(Estimator):
         if not ids or len(ids) % group:
             below, above = len(ids) // group * group, (len(ids) // group + 1) * group
             raise ValueError(
-                f"num_particles must be a multiple of {group}: {self.kind} runs every task with num_pairs={self.num_pairs} "
+                f"num_particles must be a multiple of {group}: {self.kind} runs every task with "
+                f"num_pairs={self.num_pairs} "
                 f"pair(s) of two antithetic arms; got {len(ids)}; use {f'{below} or ' if below else ''}{above}"
             )
         return [(i, pair) for i in list(ids)[::group] for pair in range(self.num_pairs)]
@@ -166,9 +175,7 @@ class AntitheticEstimator(Estimator):
         """
         num = len(noise)
         thetas = arms_of(theta, noise, len(particles) - 2 * num)
-        segment = unroll(
-            work.rule, thetas, work.batched, work.plan, particles, num_steps, per_particle=True
-        )
+        segment = unroll(work.rule, thetas, work.batched, work.plan, particles, num_steps, per_particle=True)
         plus, minus = segment.valid[:num], segment.valid[num : 2 * num]
         # The unroll has restarted the arm that failed; its partner must follow it to the next task.
         partners = [c + num for c in (minus & ~plus).nonzero().flatten().tolist()]

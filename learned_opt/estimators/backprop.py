@@ -1,13 +1,13 @@
 """Truncated backpropagation through the unroll, first-order by replay or exact.
 
-First order treats the inner gradients as constants (Andrychowicz et al. 2016). Then the derivative of the meta-loss with
-respect to the parameters after step t, through the loss there, is w_t·g_t, and g_t has been computed anyway: the
+First order treats the inner gradients as constants (Andrychowicz et al. 2016). Then the derivative of the meta-loss
+with respect to the parameters after step t, through the loss there, is w_t·g_t, and g_t has been computed anyway: the
 unroll runs without a graph, and the rule alone runs once more, chunk of coordinates by chunk, with those vectors
-as its cotangents (`UpdateRule.backward`). No second backward pass through the task is made, and memory is bounded by the
-recorded gradients and one chunk, whatever the truncation's graph would have been.
+as its cotangents (`UpdateRule.backward`). No second backward pass through the task is made, and memory is bounded by
+the recorded gradients and one chunk, whatever the truncation's graph would have been.
 
-Second order is exact: it differentiates the inner gradients too. The unroll keeps what each step started from; going backwards, one
-step at a time is rebuilt with its graph and differentiated, so that memory holds one step's graph only.
+Second order is exact: it differentiates the inner gradients too. The unroll keeps what each step started from; going
+backwards, one step at a time is rebuilt with its graph and differentiated, so that memory holds one step's graph only.
 """
 
 from __future__ import annotations
@@ -58,7 +58,12 @@ class TruncatedBackprop(Estimator):
 
     def estimate(self, work: Workload, theta: Tensors, state: Particles) -> Estimate:
         segment = unroll(
-            work.rule, theta, work.batched, work.plan, state, work.truncation,
+            work.rule,
+            theta,
+            work.batched,
+            work.plan,
+            state,
+            work.truncation,
             record="gradients" if self.order == 1 else "stages",
         )
         value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid)
@@ -80,7 +85,11 @@ class TruncatedBackprop(Estimator):
             columns = slice(None) if run.columns is None else run.columns
             steps = slice(run.start, run.stop)
             valid = segment.valid[columns]
-            inputs, outputs, weight = segment.inputs[steps, columns], segment.outputs[steps, columns], weights[steps, columns]
+            inputs, outputs, weight = (
+                segment.inputs[steps, columns],
+                segment.outputs[steps, columns],
+                weights[steps, columns],
+            )
             if not valid.all():
                 inputs, outputs = (torch.where(valid[:, None], x, 0.0) for x in (inputs, outputs))
             num_steps, num_columns = weight.shape
@@ -118,7 +127,10 @@ class TruncatedBackprop(Estimator):
         later: tuple[torch.Tensor, torch.Tensor, Tensors] | None,
         valid: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
-        """Differentiate one inner step: adds to `total`, returns the cotangents of (params, grads, rule state) before it."""
+        """Differentiate one inner step: adds to `total`, returns the cotangents of what was before it.
+
+        These are (params, grads, rule state).
+        """
         # Invalid particles' numbers may be NaN, and NaN times a zero cotangent is NaN: put zeros in their place.
         params, grads = (torch.where(valid[:, None], x, 0.0).requires_grad_() for x in (stage.params, stage.grads))
         columns_valid = valid.repeat_interleave(work.batched.num_parameters)

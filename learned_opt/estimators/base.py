@@ -70,7 +70,8 @@ class Estimator(ABC):
     """Estimates the gradient of the meta-loss with respect to theta.
 
     An estimator's state (its particles, and whatever it accumulates over truncations) is an object that it makes
-    in `init` and advances in place in `estimate`; `state_dict` and `load_state_dict` turn it into plain tensors and back.
+    in `init` and advances in place in `estimate`; `state_dict` and `load_state_dict` turn it into plain tensors and
+    back.
     """
 
     kind: ClassVar[str]

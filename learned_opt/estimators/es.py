@@ -4,12 +4,13 @@ For every pair, with ε ~ N(0, σ²) and both arms starting from the state that 
 
     g = ε · (L(theta + ε) − L(theta − ε)) / (2σ²),
 
-an unbiased estimate of the gradient of E[L(theta + ε)], where L is the meta-loss of this truncation alone. Like truncated
-backpropagation it ignores how theta shaped the state at the truncation's start (Metz et al. 2019 discuss both biases); with a
-truncation as long as the horizon, and `random_offsets=False`, it is ES on full unrolls, which has no such bias.
+an unbiased estimate of the gradient of E[L(theta + ε)], where L is the meta-loss of this truncation alone. Like
+truncated backpropagation it ignores how theta shaped the state at the truncation's start (Metz et al. 2019 discuss both
+biases); with a truncation as long as the horizon, and `random_offsets=False`, it is ES on full unrolls, which has no
+such bias.
 
-Between truncations the unperturbed particles advance, one per task: perturbed states are thrown away. They run in the same
-batch as the arms, and not at all where every episode ends with the truncation.
+Between truncations the unperturbed particles advance, one per task: perturbed states are thrown away. They run in the
+same batch as the arms, and not at all where every episode ends with the truncation.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Noise-reuse evolution strategies (Li et al. 2023).
 
-Like PES every arm keeps its perturbed state, but a pair draws one perturbation ε for a whole episode and applies it in all of
-the episode's truncations:
+Like PES every arm keeps its perturbed state, but a pair draws one perturbation ε for a whole episode and applies it in
+all of the episode's truncations:
 
     g = ε · (L(+) − L(−)) / (2σ²).
 
-It is unbiased for the gradient of the whole unroll, and its variance does not grow with the number of truncations in an episode.
+It is unbiased for the gradient of the whole unroll, and its variance does not grow with the number of truncations in an
+episode.
 
-An episode that ends inside a truncation ends its perturbation too: the truncation is cut there, and the next episode runs on
-with its own. ε is drawn from the episode's number, so there is nothing to store.
+An episode that ends inside a truncation ends its perturbation too: the truncation is cut there, and the next episode
+runs on with its own. ε is drawn from the episode's number, so there is nothing to store.
 """
 
 from __future__ import annotations

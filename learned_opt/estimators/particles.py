@@ -13,9 +13,7 @@ from learned_opt.unroll import Particles, columns_of
 def snapshot(particles: Particles) -> Particles:
     """Particles that can be advanced without touching these; tensors are shared, since nothing writes into them."""
     lists = {name: list(getattr(particles, name)) for name in ("ids", "seeds", "episodes", "steps", "horizons")}
-    return dataclasses.replace(
-        particles, tasks=dict(particles.tasks), rule_state=dict(particles.rule_state), **lists
-    )
+    return dataclasses.replace(particles, tasks=dict(particles.tasks), rule_state=dict(particles.rule_state), **lists)
 
 
 def take(particles: Particles, columns: Sequence[int]) -> Particles:
@@ -23,7 +21,8 @@ def take(particles: Particles, columns: Sequence[int]) -> Particles:
     columns = list(columns)
     index = torch.tensor(columns, device=particles.params.device)
     lists = {
-        name: [getattr(particles, name)[c] for c in columns] for name in ("ids", "seeds", "episodes", "steps", "horizons")
+        name: [getattr(particles, name)[c] for c in columns]
+        for name in ("ids", "seeds", "episodes", "steps", "horizons")
     }
     tensors = {name: getattr(particles, name)[index] for name in ("params", "grads", "losses", "initial")}
     return Particles(

@@ -5,11 +5,12 @@ Every arm is a particle of its own that keeps its perturbed state from truncatio
 
     g = ξ · (L(+) − L(−)) / (2σ²),
 
-which is unbiased for the whole unroll since the episode's start, at any truncation: the losses here depend on every one of those
-perturbations, and each has its share in ξ.
+which is unbiased for the whole unroll since the episode's start, at any truncation: the losses here depend on every one
+of those perturbations, and each has its share in ξ.
 
-An episode may end inside a truncation. Losses up to there belong to the old ξ; those after it have seen this truncation's
-perturbation alone, and are multiplied by that. Where an episode ends with the truncation, ξ starts again from zero.
+An episode may end inside a truncation. Losses up to there belong to the old ξ; those after it have seen this
+truncation's perturbation alone, and are multiplied by that. Where an episode ends with the truncation, ξ starts again
+from zero.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ class PES(AntitheticEstimator):
 
     def init(self, work: Workload, theta: Tensors, ids: Sequence[int]) -> PairState:
         pairs = self.pairs_of(ids)
-        return PairState(pairs, self.start_arms(work, pairs), accumulated=flatten(theta).new_zeros(len(pairs), flatten(theta).numel()))
+        return PairState(
+            pairs,
+            self.start_arms(work, pairs),
+            accumulated=flatten(theta).new_zeros(len(pairs), flatten(theta).numel()),
+        )
 
     def estimate(self, work: Workload, theta: Tensors, state: PairState) -> Estimate:
         assert state.accumulated is not None

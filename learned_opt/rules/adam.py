@@ -1,7 +1,8 @@
 """Adam with learnable learning rate and betas: the reference rule.
 
-theta holds log(lr), log(1 − β₁) and log(1 − β₂), which keeps 1 − β exact to rounding where β is near one. At its initial
-theta the rule is `torch.optim.Adam(lr, betas, eps)` (Kingma and Ba 2015) to rounding. The logarithm of ε is a constant.
+theta holds log(lr), log(1 − β₁) and log(1 − β₂), which keeps 1 − β exact to rounding where β is near one. At its
+initial theta the rule is `torch.optim.Adam(lr, betas, eps)` (Kingma and Ba 2015) to rounding. The logarithm of ε is a
+constant.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ def normalized(
     v = state["v"] * beta + grads * grads * (1 - beta)
     correction = 1 - torch.pow(beta, step.to(grads.dtype))
     active = v > 0
-    # The root's derivative at zero is infinite: untouched coordinates take it at one instead, and their inputs stay zero.
+    # The root's derivative at zero is infinite: untouched coordinates take it at one instead, and their inputs stay
+    # zero.
     scale = 1 / (torch.where(active, v / correction, 1.0).sqrt() + eps)
     return torch.stack([grads * scale, m / correction * scale]), {"m": m, "v": v, "step": step}, active

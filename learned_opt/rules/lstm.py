@@ -65,7 +65,10 @@ class LSTMRuleConfig(RuleConfig):
 
 
 class LSTMRule(UpdateRule):
-    """The coordinatewise LSTM. State: "hidden" and "cell" [layers, hidden, n]; with normalized inputs also "m", "v", "step"."""
+    """The coordinatewise LSTM.
+
+    State: "hidden" and "cell" [layers, hidden, n]; with normalized inputs also "m", "v", "step".
+    """
 
     kind: ClassVar[str] = "lstm"
     config: LSTMRuleConfig
@@ -140,7 +143,8 @@ class LSTMRule(UpdateRule):
     ) -> Tensors:
         with torch.no_grad():
             tape = self._replay(theta, grads, state)
-            # The derivative with respect to update t collects every later loss: p_{s+1} contains update t for all s ≥ t.
+            # The derivative with respect to update t collects every later loss: p_{s+1} contains update t for all
+            # s ≥ t.
             cotangents = loss_grads.flip(0).cumsum(0).flip(0)
             return self._backward_through_time(theta, tape, cotangents)
 
@@ -241,7 +245,9 @@ class LSTMRule(UpdateRule):
 
 @dataclasses.dataclass(frozen=True)
 class _Tape:
-    """What `backward` keeps of a run: inputs [steps, 2, n], dense [steps, units, n] or None, active [steps, n], and per layer
+    """What `backward` keeps of a run.
+
+    Inputs [steps, 2, n], dense [steps, units, n] or None, active [steps, n], and per layer
     joined inputs [steps + 1, width + hidden, n], activated gates [steps, 4 hidden, n], cells [steps + 1, hidden, n]."""
 
     inputs: torch.Tensor

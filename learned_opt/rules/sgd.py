@@ -1,7 +1,7 @@
 """Gradient descent with a learnable learning rate: the rule with a closed form.
 
-theta holds log(lr) alone, and there is no state. On a quadratic every meta-gradient is known exactly, which makes this the
-reference that estimators are held to.
+theta holds log(lr) alone, and there is no state. On a quadratic every meta-gradient is known exactly, which makes this
+the reference that estimators are held to.
 """
 
 from __future__ import annotations
