@@ -34,7 +34,8 @@ class BatchedFamily:
         num_parameters: how many numbers that is.
 
     Raises:
-        ValueError: a family whose parameters are missing, not floating point, or whose loss is not a finite-shaped scalar.
+        ValueError: a family whose parameters are missing or not floating point, whose loss is not a scalar, or whose tasks'
+            constants have names of the shared data.
     """
 
     def __init__(
@@ -60,6 +61,9 @@ class BatchedFamily:
         self._sizes = [value.numel() for value in params.values()]
         self.num_parameters = sum(self._sizes)
         self._traced: dict[Any, Any] = {}
+        clash = sorted(task.keys() & self._shared.keys())
+        if clash:
+            raise ValueError(f"{family.name}: sample_task and shared_data both return {clash[0]!r}; rename one of them")
         self._check_loss(self._move(task), self._move(params), draw_batches(family, task, 0, 0, 1))
 
     def _check_loss(self, task: Tensors, params: Tensors, batches: Tensors) -> None:
@@ -68,7 +72,9 @@ class BatchedFamily:
             loss = self.family.loss(params, {**task, **self._shared}, batch)
         if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise ValueError(f"{self.family.name}: loss must return a scalar tensor; got {got}. Reduce it, e.g. with .mean()")
+            raise ValueError(
+                f"{self.family.name}: loss must return a scalar tensor; got {got}. Reduce it, e.g. with .mean()"
+            )
 
     def _move(self, tensors: Tensors) -> Tensors:
         return {
@@ -91,6 +97,13 @@ class BatchedFamily:
                 raise ValueError(
                     f"{self.family.name}: all tasks of a family must have parameters of one shape; "
                     f"expected {dict(zip(self.names, self.shapes))}, got {dict(zip(params, shapes))}"
+                )
+        constants = [{n: (tuple(v.shape), v.dtype) for n, v in task.items()} for task, _ in drawn]
+        for other in constants:
+            if other != constants[0]:
+                raise ValueError(
+                    f"{self.family.name}: all tasks of a family must have constants of one shape; "
+                    f"expected {constants[0]}, got {other}"
                 )
         flat = torch.stack([torch.cat([v.reshape(-1) for v in params.values()]) for _, params in drawn])
         return self._move(stack([task for task, _ in drawn])), flat.to(self.device, self.dtype)
@@ -153,9 +166,14 @@ class BatchedFamily:
         with torch.no_grad():
             return vmap(metrics, in_dims=(0, 0, None))(params, tasks, self._shared)
 
-    def _run(self, kind: str, function: Callable[..., Any], params: torch.Tensor, tasks: Tensors, batch: Tensors) -> Any:
+    def _run(
+        self, kind: str, function: Callable[..., Any], params: torch.Tensor, tasks: Tensors, batch: Tensors
+    ) -> Any:
         arguments = (params, tasks, self._shared, batch)
-        key = (kind, *((n, v.shape, v.dtype) for n, v in [("", params), *sorted(tasks.items()), *sorted(batch.items())]))
+        key = (
+            kind,
+            *((n, v.shape, v.dtype) for n, v in [("", params), *sorted(tasks.items()), *sorted(batch.items())]),
+        )
         seen = self._traced.get(key, 0)
         if isinstance(seen, int):
             if seen < _CALLS_BEFORE_TRACE:

@@ -71,7 +71,13 @@ class CheckpointFolder:
                 "resume: the checkpoints before it are untouched"
             ) from error
         for kind, kept in (("step", self.keep), ("best", 1)):
-            for _, old in self._list(kind)[:-kept]:
+            if kind == "best" and not best:
+                continue
+            found = self._list(kind)
+            # What lies after this step is of a course that was abandoned, by falling back from a damaged checkpoint:
+            # kept, it would pass for the newest.
+            current = [p for s, p in found if s < step] + [self.folder / f"{kind}-{name}"]
+            for old in {p for _, p in found} - set(current[-kept:]):
                 old.unlink(missing_ok=True)
         return path
 

@@ -8,6 +8,7 @@ and the best theta so far. A run that is stopped anywhere and resumed from it en
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -39,8 +40,8 @@ class MetaTrainerConfig:
         meta_loss: the scalar to lower.
         optimizer: name of a class in `torch.optim`, the meta-optimizer.
         learning_rate: of the meta-optimizer, positive.
-        final_learning_rate: the learning rate at the last outer step as a share of `learning_rate`, in (0, 1]; a half cosine leads
-            there.
+        final_learning_rate: the learning rate at the last outer step as a share of `learning_rate`, in (0, 1]; a half
+            cosine leads there.
         clip_norm: bound on the global norm of the meta-gradient, positive.
         accumulation: truncations averaged per outer step, at least 1.
         families_per_step: families that each outer step uses, in turn; 0 for all.
@@ -89,13 +90,16 @@ class MetaTrainerConfig:
 
 
 def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The torch.optim class of this name."""
+    """The torch.optim class of this name; those that need a closure or sparse gradients are left out."""
+    unfit = ("Optimizer", "LBFGS", "SparseAdam")
     found = getattr(torch.optim, name, None)
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or found is torch.optim.Optimizer:
-        names = [n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)]
-        near = difflib.get_close_matches(name, names, n=2)
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or name in unfit:
+        names = [
+            n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
+        ]
+        near = difflib.get_close_matches(name, [n for n in names if n not in unfit], n=2)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"optimizer must name a class in torch.optim; got {name!r}{hint}")
+        raise ValueError(f"optimizer must name a torch.optim class for dense gradients; got {name!r}{hint}")
     return found
 
 
@@ -107,8 +111,8 @@ class MetaTrainer:
         families: label -> family to meta-train on, at least one.
         config: how.
         estimator: turns truncations into meta-gradients.
-        validation_families: label -> family to choose the checkpoint on; the training families (on their meta-validation
-            tasks) by default.
+        validation_families: label -> family to choose the checkpoint on; the training families (on their
+            meta-validation tasks) by default.
         theta: where to start; drawn from the seed by default.
         device: where everything runs.
         dtype: floating-point type of theta, parameters and state.
@@ -116,9 +120,10 @@ class MetaTrainer:
     Attributes:
         theta: the meta-parameters, updated in place.
         outer_step: outer steps taken.
-        best_theta, best_score, best_step: the theta with the lowest validation score so far; None, infinity, −1 before the first.
-        totals: counts since the start: "inner_steps" (times particles), "skipped" outer steps, "invalid" particles restarted,
-            "clipped" losses.
+        best_theta, best_score, best_step: the theta with the lowest validation score so far; None, infinity, −1 before
+            the first.
+        totals: counts since the start: "inner_steps" (times particles), "skipped" outer steps, "invalid" particles
+            restarted, "clipped" losses.
     """
 
     def __init__(
@@ -136,7 +141,9 @@ class MetaTrainer:
         if not families:
             raise ValueError("families is empty; name at least one family to meta-train on")
         if config.families_per_step > len(families):
-            raise ValueError(f"families_per_step ({config.families_per_step}) exceeds the number of families ({len(families)})")
+            raise ValueError(
+                f"families_per_step ({config.families_per_step}) exceeds the number of families ({len(families)})"
+            )
         self.rule, self.config, self.estimator = rule, config, estimator
         theta = theta or rule.init_theta(torch.Generator().manual_seed(config.seed))
         self.theta: Tensors = {n: v.detach().clone().to(device, dtype) for n, v in theta.items()}
@@ -177,8 +184,8 @@ class MetaTrainer:
         """Take one outer step.
 
         Returns:
-            Metrics: "meta_loss" (and "meta_loss/<label>" per family), "grad_norm" before and "grad_norm_clipped" after clipping,
-            "learning_rate", "horizon" (the mean over particles), and the totals.
+            Metrics: "meta_loss" (and "meta_loss/<label>" per family), "grad_norm" before and "grad_norm_clipped" after
+            clipping, "learning_rate", "horizon" (the mean over particles), and the totals.
 
         Raises:
             RuntimeError: 50 outer steps in a row had no finite meta-gradient.
@@ -234,8 +241,8 @@ class MetaTrainer:
     def validate(self) -> dict[str, float]:
         """Score theta on fixed meta-validation tasks, and remember it if it is the best so far.
 
-        The score is the mean, over families, of the normalized loss: half its mean along the whole unroll, half its mean over the last
-        twentieth. A loss that is not finite counts as the clip.
+        The score is the mean, over families, of the normalized loss: half its mean along the whole unroll, half its
+        mean over the last twentieth. A loss that is not finite counts as the clip.
 
         Returns:
             "validation" and "validation/<label>" per family; lower is better.
@@ -261,7 +268,7 @@ class MetaTrainer:
         """All that a resumed run needs, as plain tensors, numbers, strings, lists and dicts."""
         return {
             "theta": {n: v.clone() for n, v in self.theta.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),  # the optimizer changes its tensors in place
             "estimators": {n: self.estimator.state_dict(s) for n, s in self.estimator_states.items()},
             "outer_step": self.outer_step,
             "best_theta": self.best_theta,
@@ -280,7 +287,10 @@ class MetaTrainer:
         shapes = {n: tuple(v.shape) for n, v in self.theta.items()}
         saved = {n: tuple(v.shape) for n, v in state["theta"].items()}
         if shapes != saved:
-            raise ValueError(f"the checkpoint's theta has shapes {saved}, but the update rule needs {shapes}; resume with the same rule")
+            raise ValueError(
+                f"the checkpoint's theta has shapes {saved}, but the update rule needs {shapes}; "
+                "resume with the same rule"
+            )
         if list(state["estimators"]) != list(self.work):
             raise ValueError(
                 f"the checkpoint was made with families {', '.join(state['estimators'])}, not {', '.join(self.work)}; "
@@ -288,11 +298,13 @@ class MetaTrainer:
             )
         for name, value in state["theta"].items():
             self.theta[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.estimator_states = {
             n: self.estimator.load_state_dict(self.work[n], s) for n, s in state["estimators"].items()
         }
         self.outer_step = state["outer_step"]
-        self.best_theta, self.best_score, self.best_step = state["best_theta"], state["best_score"], state["best_step"]
+        best = state["best_theta"]
+        self.best_theta = best and {n: v.to(self.theta[n].device) for n, v in best.items()}
+        self.best_score, self.best_step = state["best_score"], state["best_step"]
         self.totals = dict(state["totals"])
         self._skips_in_a_row = state["skips_in_a_row"]

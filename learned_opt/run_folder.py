@@ -56,10 +56,12 @@ class RunFolder:
             raise ValueError(f"cannot make the run folder {self.path}: {error.strerror}; name another with --run-dir") from error
         self.lock()
         if self.config.exists():
+            self.release()
             raise ValueError(f"{self.path} already holds a run; continue it with --resume {self.path}, or name another with --run-dir")
         try:
             settings.save(self.config)
         except OSError as error:
+            self.release()
             raise ValueError(f"cannot write to the run folder {self.path}: {error.strerror}; name another with --run-dir") from error
 
     def resume(self, settings: RunConfig) -> None:
@@ -68,7 +70,6 @@ class RunFolder:
         Raises:
             ValueError: the settings are not those it was started with, or another process uses it.
         """
-        self.lock()
         before, now = self.load_config().to_dict(), settings.to_dict()
         for values in (before, now):
             values.pop("tracking")  # where a run is reported does not change what it computes
@@ -77,9 +78,10 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} was started with other settings; resume it with those, or start a new run:\n  " + "\n  ".join(different)
             )
+        self.lock()
 
     def lock(self) -> None:
-        """Keep other processes out of the folder until this one ends.
+        """Keep other processes out of the folder until `release`, or until this one ends.
 
         Raises:
             ValueError: another process is in it, or it cannot be written.

@@ -41,7 +41,7 @@ def task_seed(split: str, *key: int) -> int:
 
     Args:
         split: one of `SPLITS`.
-        *key: non-negative integers; distinct keys give (up to hashing) independent seeds.
+        *key: non-negative integers; distinct keys of one length give (up to hashing) independent seeds.
 
     Returns:
         An integer in [0, 2**32) that is congruent to the split's index modulo 3.
@@ -126,6 +126,12 @@ def draw_batches(family: TaskFamily, task: Tensors, seed: int, first_step: int, 
         drawn = family.sample_batches(task, _BATCH_BLOCK, generator_for(seed, block))
         if not drawn:
             return {}
+        for name, value in drawn.items():
+            if value.shape[:1] != (_BATCH_BLOCK,):
+                raise ValueError(
+                    f"{family.name}: sample_batches must stack num_steps batches along a leading dimension; asked for "
+                    f"{_BATCH_BLOCK}, got {name!r} of shape {tuple(value.shape)}"
+                )
         start = max(first_step - block * _BATCH_BLOCK, 0)
         stop = min(first_step + num_steps - block * _BATCH_BLOCK, _BATCH_BLOCK)
         blocks.append({name: value[start:stop] for name, value in drawn.items()})

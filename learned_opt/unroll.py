@@ -77,9 +77,15 @@ class Particles:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], batched: BatchedFamily, split: str) -> Particles:
-        """The particles that `state_dict` described, their tasks drawn again."""
+        """The particles that `state_dict` described, their tasks drawn again; `state` itself is left as it is."""
         tasks, _ = batched.start(split, state["seeds"])
-        return cls(tasks=tasks, **state)
+
+        def own(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(batched.device)
+            return {n: v.to(batched.device) for n, v in value.items()} if isinstance(value, dict) else list(value)
+
+        return cls(tasks=tasks, **{n: own(v) for n, v in state.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +173,7 @@ def start_particles(
         tasks, params = batched.start(plan.split, seeds)
         batch = first(batched.batches(tasks, seeds, [0] * len(ids), 1))
         losses, grads = batched.losses_and_grads(params, tasks, batch)
-        bad = ~(torch.isfinite(losses) & torch.isfinite(grads).all(1))
+        bad = ~_finite(losses, grads)
         if not bad.any():
             break
         episodes = [e + int(b) for e, b in zip(episodes, bad.tolist())]
@@ -180,6 +186,11 @@ def start_particles(
     return Particles(
         ids, seeds, episodes, [0] * len(ids), horizons, tasks, params, grads, losses, losses.clone(), state
     )
+
+
+def _finite(losses: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """[P]: whether loss and squared gradient are finite; rules average squares, and an infinite one never decays."""
+    return torch.isfinite(losses) & torch.isfinite((grads * grads).sum(1))
 
 
 def restart(batched: BatchedFamily, rule: UpdateRule | None, plan: EpisodePlan, particles: Particles, columns: Sequence[int]) -> None:
@@ -316,7 +327,7 @@ def unroll(
         before = (particles.params, particles.grads, particles.rule_state)
         for k, (loss, grad, batch) in enumerate(inner_steps(batched, particles, stretch, move), start=done):
             losses[k], initial[k] = loss, particles.initial
-            valid &= torch.isfinite(loss) & torch.isfinite(grad.sum(1))
+            valid &= _finite(loss, grad)
             if recorder is not None:
                 recorder.write(k, grad)
             if record == "stages":
