@@ -86,24 +86,15 @@ class ModuleFamily(TaskFamily):
         self._start = {n: p.detach().clone() for n, p in self._module.named_parameters() if p.requires_grad}
         if not self._start:
             raise ValueError("module must have at least one parameter with requires_grad=True; it has none")
-        if init == "reset":
-            self._check_redraw()
-        if any(isinstance(m, _BATCH_NORMS) and m.training for m in self._module.modules()):
-            replace_all_batch_norm_modules_(self._module)
-            fewest = (
-                min(r.num_test for ranges in data.ranges.values() for r in ranges)
-                if isinstance(data, GroupedData)
-                else 2
-            )
-            if fewest < 2 or batch_size < 2:
-                raise ValueError(
-                    "module has batch normalization, which here uses the statistics of the rows at hand: batch_size "
-                    "and every group's "
-                    f"held-out rows must be at least 2; got {batch_size} and {fewest}. Raise batch_size or "
-                    "test_share, or use nn.LayerNorm"
-                )
+        batch_norms = [m for m in self._module.modules() if isinstance(m, _BATCH_NORMS) and m.training]
+        for layer in batch_norms:
+            replace_all_batch_norm_modules_(layer)
+        if batch_norms:
+            self._check_batch_statistics()
         frozen = [(n, p) for n, p in self._module.named_parameters() if not p.requires_grad]
         self._constants = {n: t.detach().clone() for n, t in [*self._module.named_buffers(), *frozen]}
+        if init == "reset":
+            self._check_redraw()
         self._probe()
 
     def shared_data(self) -> Tensors:
@@ -205,6 +196,18 @@ class ModuleFamily(TaskFamily):
                     if callable(reset):
                         reset()
         return {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+    def _check_batch_statistics(self) -> None:
+        ranges = (
+            [r for split in self._data.ranges.values() for r in split] if isinstance(self._data, GroupedData) else []
+        )
+        fewest = min((r.num_test for r in ranges), default=2)
+        if fewest < 2 or self.batch_size < 2:
+            raise ValueError(
+                "module has batch normalization, which here uses the statistics of the rows at hand: batch_size and "
+                f"every group's held-out rows must be at least 2; got {self.batch_size} and {fewest}. Raise batch_size or "
+                "test_share, or use nn.LayerNorm"
+            )
 
     def _check_redraw(self) -> None:
         if self._make is None:

@@ -1,0 +1,180 @@
+"""Augmentations against the family they wrap."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.func import grad
+
+import tasks
+from learned_opt.task import draw_batches, draw_task, task_seed
+from tasks.augment import Augmentation
+from tests.task_cases import CASES
+
+DIGITS = {"name": "image_mlp", "hidden": [4], "batch_size": 12}
+# smaller_batches changes the mini-batches, which is its purpose.
+WRAPPED = [label for label, case in CASES.items() if "family" in case and case["name"] != "smaller_batches"]
+SEEDS = [task_seed("meta_train", 3, i) for i in range(200)]
+
+
+def double(tensors):
+    return {n: v.double() if v.is_floating_point() else v for n, v in tensors.items()}
+
+
+def drawn(family, seed, step=0):
+    task, params = draw_task(family, "meta_train", seed)
+    batch = {n: v[0] for n, v in draw_batches(family, task, seed, step, 1).items()}
+    return double(params), double({**task, **family.shared_data()}), double(batch)
+
+
+@pytest.mark.parametrize("label", WRAPPED)
+def test_the_wrapped_family_draws_what_it_draws_alone(label):
+    family = tasks.get(**CASES[label])
+    inner = family
+    while isinstance(inner, Augmentation):
+        inner = inner.family
+    _, task, batch = drawn(family, SEEDS[0])
+    _, inner_task, inner_batch = drawn(inner, SEEDS[0])
+    for name, value in inner_task.items():
+        assert torch.equal(task[name], value)
+    for name, value in inner_batch.items():
+        assert torch.equal(batch[name], value)
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor", "coordinate"])
+def test_reparametrization_keeps_the_problem(scope):
+    inner = tasks.get(**DIGITS)
+    family = tasks.get("reparametrized", family=DIGITS, scope=scope)
+    params, task, batch = drawn(family, SEEDS[0])
+    original, inner_task, inner_batch = drawn(inner, SEEDS[0])
+    scales = {n: task[f"reparametrized0.{n}"] for n in params}
+    for name in params:
+        torch.testing.assert_close(params[name] * scales[name], original[name], rtol=1e-6, atol=1e-9)
+        assert scales[name].shape == (original[name].shape if scope == "coordinate" else ())
+    torch.testing.assert_close(
+        family.loss(params, task, batch), inner.loss(original, inner_task, inner_batch), rtol=1e-6, atol=0
+    )
+    # Gradients with respect to p are c times those with respect to c · p: the chain rule written out.
+    got = grad(family.loss)(params, task, batch)
+    want = grad(inner.loss)({n: params[n] * scales[n] for n in params}, inner_task, inner_batch)
+    for name in params:
+        torch.testing.assert_close(got[name], want[name] * scales[name], rtol=1e-9, atol=1e-12)
+    metrics, inner_metrics = family.eval_metrics(params, task), inner.eval_metrics(original, inner_task)
+    torch.testing.assert_close(metrics, inner_metrics, rtol=1e-6, atol=0)
+    values = torch.stack([v.flatten()[0] for v in scales.values()])
+    assert (values.unique().numel() == 1) == (scope == "global")
+
+
+def test_reparametrization_is_log_uniform_and_happens_with_its_probability():
+    family = tasks.get("reparametrized", family={"name": "quadratic", "dim": 50}, probability=0.3, log_range=2.0)
+    logs = torch.stack([draw_task(family, "meta_train", s)[0]["reparametrized0.theta"].log() for s in SEEDS])
+    changed = (logs != 0).any(1)
+    assert float(changed.double().mean()) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / len(SEEDS)))
+    logs = logs[changed].flatten()
+    assert logs.abs().max() <= 2.0
+    assert float(logs.mean()) == pytest.approx(0.0, abs=0.1)
+    assert float(logs.var()) == pytest.approx(4 / 3, rel=0.05)  # of U(−2, 2)
+    never = tasks.get("reparametrized", family={"name": "quadratic"}, probability=0.0)
+    assert all((draw_task(never, "meta_train", s)[0]["reparametrized0.theta"] == 1).all() for s in SEEDS[:20])
+
+
+def test_loss_scaling():
+    inner, family = tasks.get("quadratic"), tasks.get("loss_scaling", family={"name": "quadratic"}, log_range=2.0)
+    for seed in SEEDS[:5]:
+        params, task, _ = drawn(family, seed)
+        scale = task["loss_scaling0.scale"]
+        assert math.exp(-2) <= scale <= math.exp(2)
+        torch.testing.assert_close(family.loss(params, task, {}), scale * inner.loss(params, task, {}))
+
+
+def test_gradient_noise_is_in_the_gradient_alone():
+    inner, family = (
+        tasks.get("quadratic", dim=30),
+        tasks.get("gradient_noise", family={"name": "quadratic", "dim": 30}, std=0.5),
+    )
+    params, task, _ = drawn(family, SEEDS[0])
+    noise = []
+    for step in range(40):
+        batch = drawn(family, SEEDS[0], step)[2]
+        assert torch.equal(family.loss(params, task, batch), inner.loss(params, task, {}))
+        noise.append(grad(family.loss)(params, task, batch)["theta"] - grad(inner.loss)(params, task, {})["theta"])
+        torch.testing.assert_close(noise[-1], batch["gradient_noise0.theta"], rtol=0, atol=1e-9)
+    all_noise = torch.stack(noise)
+    assert float(all_noise.std()) == pytest.approx(0.5, rel=0.1)
+    assert float((all_noise[:-1] * all_noise[1:]).mean()) == pytest.approx(0.0, abs=0.03)  # fresh at every step
+
+
+def test_smaller_batches_are_batches_of_fewer_rows():
+    inner, family = tasks.get(**DIGITS), tasks.get("smaller_batches", family=DIGITS)
+    sizes = set()
+    for seed in SEEDS[:60]:
+        params, task, batch = drawn(family, seed)
+        whole = drawn(inner, seed)[2]["rows"]
+        num_kept = next(k for k in (1, 2, 3, 4, 6, 12) if torch.equal(batch["rows"], whole[:k].repeat(12 // k)))
+        sizes.add(num_kept)
+        small = inner.loss(params, task, {"rows": whole[:num_kept]})
+        torch.testing.assert_close(family.loss(params, task, batch), small)
+    assert sizes == {1, 2, 3, 4, 6, 12}
+    full = tasks.get("smaller_batches", family={"name": "quadratic"})
+    with pytest.raises(
+        ValueError, match=r"smaller_batches needs a family that draws mini-batches; quadratic\(.*\) draws none"
+    ):
+        drawn(full, SEEDS[0])
+
+
+def test_convex_mixing_adds_a_problem_with_optimum_zero():
+    inner, family = tasks.get(**DIGITS), tasks.get("convex_mixing", family=DIGITS, dim=7)
+    params, task, batch = drawn(family, SEEDS[0])
+    start, target = params["convex_mixing0.x"], task["convex_mixing0.target"]
+    assert start.shape == (7,) and start.abs().max() <= 1 and target.abs().max() <= 1
+    alone = inner.loss({n: v for n, v in params.items() if n != "convex_mixing0.x"}, task, batch)
+    torch.testing.assert_close(family.loss(params, task, batch), alone + ((start - target) ** 2).sum() / 7)
+    solved = {**params, "convex_mixing0.x": target}
+    torch.testing.assert_close(family.loss(solved, task, batch), alone)
+    assert torch.equal(family.eval_metrics(solved, task)["test_loss"], family.eval_metrics(params, task)["test_loss"])
+
+
+def test_label_noise_changes_its_share_of_the_classes_and_no_held_out_row():
+    family, clean = tasks.get(**DIGITS, label_noise=0.4), tasks.get(**DIGITS)
+    wrong = []
+    for seed in SEEDS[:40]:
+        task, params = draw_task(family, "meta_train", seed)
+        batches = draw_batches(family, task, seed, 0, 32)
+        wrong.append((batches["targets"] != family.shared_data()["targets"][batches["rows"]]).double().mean())
+        everything = {**task, **family.shared_data()}
+        assert torch.equal(
+            family.eval_metrics(params, everything)["test_loss"], clean.eval_metrics(params, everything)["test_loss"]
+        )
+    # A uniformly drawn class is the right one in a tenth of the cases.
+    assert float(torch.stack(wrong).mean()) == pytest.approx(0.36, abs=0.02)
+
+
+def test_nested_augmentations_keep_their_tensors_apart():
+    family = tasks.get("reparametrized", family={"name": "reparametrized", "family": {"name": "quadratic"}})
+    task, _ = draw_task(family, "meta_train", SEEDS[0])
+    assert not torch.equal(task["reparametrized0.theta"], task["reparametrized1.theta"])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("reparametrized", {"scope": "row"}, "scope must be one of global, tensor, coordinate; got 'row'"),
+        ("reparametrized", {"log_range": 0.0}, "log_range must be positive and finite; got 0.0"),
+        ("reparametrized", {"probability": 2.0}, r"probability must lie in \[0, 1\]; got 2.0"),
+        ("loss_scaling", {"log_range": -1.0}, "log_range must be positive and finite; got -1.0"),
+        ("gradient_noise", {"std": 0.0}, "std must be positive and finite; got 0.0"),
+        ("convex_mixing", {"dim": 0}, "dim must be at least 1; got 0"),
+        ("convex_mixing", {"family": "quadratic"}, "family must be a TaskFamily or a mapping .*; got 'quadratic'"),
+        ("convex_mixing", {"family": {"dim": 3}}, "family must have a 'name' beside its fields; got {'dim': 3}"),
+        (
+            "convex_mixing",
+            {"family": {"name": "quadratik"}},
+            r"unknown task family 'quadratik'; did you mean quadratic\?",
+        ),
+    ],
+)
+def test_values_out_of_range(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.get(name, **{"family": {"name": "quadratic"}, **fields})

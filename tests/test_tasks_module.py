@@ -1,0 +1,442 @@
+"""Tasks on a module and data of one's own."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from learned_opt.batched import BatchedFamily
+from learned_opt.task import SPLITS, draw_batches, draw_task, task_seed
+from tasks import GroupedData, ModuleFamily
+
+SIZES = [4, 7, 2, 30, 5, 9, 12, 2, 6, 8, 3, 11]
+
+
+def table(seed=0):
+    """Rows whose first input is the row number, with a name per group, in mixed order."""
+    random = np.random.default_rng(seed)
+    groups = np.repeat([f"store {i}" for i in range(len(SIZES))], SIZES)
+    groups = groups[random.permutation(len(groups))]
+    inputs = random.normal(size=(len(groups), 3)).astype(np.float32)
+    inputs[:, 0] = np.arange(len(groups))
+    return inputs, random.normal(size=len(groups)).astype(np.float32), groups
+
+
+def small_net():
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0))
+
+
+def family(**options):
+    module = options.pop("module", small_net)
+    loss = options.pop("loss", F.mse_loss)
+    data = options.pop("data", None) or GroupedData(*table())
+    return ModuleFamily(module, loss, data, **options)
+
+
+def test_groups_belong_to_one_split_with_all_of_their_rows():
+    inputs, targets, groups = table()
+    data = GroupedData(inputs, targets, groups)
+    assert [data.num_groups(s) for s in SPLITS] == [8, 2, 2]
+    assert sorted(name for s in SPLITS for name in data.labels[s]) == sorted(set(groups))
+    for split in SPLITS:
+        for name, rows in zip(data.labels[split], data.ranges[split]):
+            size = rows.num_train + rows.num_test
+            mine = data.inputs[rows.first : rows.first + size, 0].int().numpy()
+            assert sorted(mine) == np.flatnonzero(groups == name).tolist()
+            assert rows.num_test == max(1, round(size * 0.25)) and rows.num_train >= 1
+            np.testing.assert_array_equal(data.targets[rows.first : rows.first + size].numpy(), targets[mine])
+    assert GroupedData(inputs, targets, groups, seed=1).labels != data.labels
+    assert GroupedData(inputs, targets, groups).labels == data.labels
+
+
+def test_without_groups_the_rows_are_dealt_out():
+    inputs, targets, _ = table()
+    data = GroupedData(inputs, targets)
+    sizes = [sum(r.num_train + r.num_test for r in data.ranges[s]) for s in SPLITS]
+    assert sum(sizes) == len(inputs) and all(data.num_groups(s) == 1 for s in SPLITS)
+    assert sorted(data.inputs[:, 0].int().tolist()) == list(range(len(inputs)))
+
+
+def test_a_task_is_one_group_and_trains_on_its_training_rows_alone():
+    inputs, targets, groups = table()
+    own = family()
+    shared = own.shared_data()
+    seen = set()
+    for i in range(60):
+        seed = task_seed("meta_train", 0, i)
+        task, _ = draw_task(own, "meta_train", seed)
+        rows = draw_batches(own, task, seed, 0, 64)["rows"]
+        assert rows.shape == (64, 32)
+        numbers = shared["inputs"][rows.flatten(), 0].int().unique().numpy()
+        (name,) = set(groups[numbers])
+        assert len(numbers) == int(task["num_rows"])
+        seen.add(name)
+    assert len(seen) == 8  # all groups of meta-train come up
+
+
+def test_metrics_are_those_of_the_held_out_rows_whatever_the_groups_sizes():
+    own = family()
+    batched = BatchedFamily(own, dtype=torch.float64)
+    seeds = [task_seed("meta_train", 0, i) for i in range(12)]
+    stacked, params = batched.start("meta_train", seeds)
+    got = batched.eval_metrics(params, stacked)["test_loss"]
+    for i, seed in enumerate(seeds):
+        task, start = draw_task(own, "meta_train", seed)
+        first = int(task["first_row"] + task["num_rows"])
+        rows = slice(first, first + int(task["num_test"]))
+        net = small_net().double()
+        net.load_state_dict({n: v.double() for n, v in start.items()})
+        want = F.mse_loss(net(own.shared_data()["inputs"][rows].double()), own.shared_data()["targets"][rows].double())
+        torch.testing.assert_close(got[i], want.detach(), rtol=1e-10, atol=0)
+
+
+def test_accuracy_for_integer_targets():
+    inputs, targets, groups = table()
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.weight.zero_()
+        net.bias.copy_(torch.tensor([0.0, 1.0]))  # always says class 1
+    own = ModuleFamily(net, F.cross_entropy, GroupedData(inputs, targets > 0, groups), init="module")
+    task, params = draw_task(own, "meta_test", 2)
+    first = int(task["first_row"] + task["num_rows"])
+    want = own.shared_data()["targets"][first : first + int(task["num_test"])].float().mean()
+    torch.testing.assert_close(own.eval_metrics(params, {**task, **own.shared_data()})["test_accuracy"], want)
+
+
+def test_training_equals_plain_training_of_the_module():
+    """Gradient descent through the family and through the module itself, ten steps, float64."""
+    own = family()
+    batched = BatchedFamily(own, dtype=torch.float64)
+    seeds = [task_seed("meta_train", 1, i) for i in range(2)]
+    stacked, params = batched.start("meta_train", seeds)
+    batches = batched.batches(stacked, seeds, [0, 0], 10)
+    start = params.clone()
+    for step in range(10):
+        losses, grads = batched.losses_and_grads(params, stacked, {n: v[step] for n, v in batches.items()})
+        params = params - 1e-4 * grads
+    for i in range(2):
+        net = small_net().double()
+        net.load_state_dict(batched.unflatten(start[i]))
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+        for step in range(10):
+            rows = batches["rows"][step, i]
+            loss = F.mse_loss(
+                net(own.shared_data()["inputs"][rows].double()), own.shared_data()["targets"][rows].double()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        torch.testing.assert_close(losses[i], loss.detach(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            params[i], torch.cat([p.detach().flatten() for p in net.parameters()]), rtol=1e-9, atol=1e-12
+        )
+
+
+def test_a_module_is_left_alone_and_reset_by_its_own_methods():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Flatten(0))
+    before = copy.deepcopy(net.state_dict())
+    data = GroupedData(*table()[:2], np.arange(99) % 6)
+    own = ModuleFamily(net, F.mse_loss, data)
+    _, first = draw_task(own, "meta_train", 0)
+    _, second = draw_task(own, "meta_train", 3)
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+    assert net[1].track_running_stats and net.training
+    assert not torch.equal(first["0.weight"], second["0.weight"])
+    assert first["0.weight"].abs().max() <= 3**-0.5  # the bound of nn.Linear's own initialization
+    assert torch.equal(first["1.weight"], torch.ones(4))
+
+
+def test_init_module_starts_every_task_from_its_weights():
+    net = small_net()
+    own = family(module=net, init="module")
+    for seed in (0, 3):
+        _, params = draw_task(own, "meta_train", seed)
+        assert all(torch.equal(params[n], p) for n, p in net.named_parameters())
+
+
+def test_a_factory_is_called_for_every_task_with_a_seed_of_its_own():
+    def make():
+        net = small_net()
+        nn.init.constant_(net[2].bias, 7.0)
+        return net
+
+    own = family(module=make)
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    (_, a), (_, b), (_, again) = (draw_task(own, "meta_train", seed) for seed in (0, 3, 0))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(a["0.weight"], b["0.weight"]) and torch.equal(a["0.weight"], again["0.weight"])
+    assert a["2.bias"].item() == b["2.bias"].item() == 7.0
+
+
+def test_frozen_parameters_and_buffers_are_constants():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 1), nn.Flatten(0))
+    net[0].requires_grad_(False)
+    net[1].running_mean.fill_(0.5)
+    own = family(module=net)
+    task, params = draw_task(own, "meta_train", 0)
+    assert list(params) == ["1.weight", "1.bias", "2.weight", "2.bias"]
+    inputs = own.shared_data()["inputs"][:6]
+    copied = copy.deepcopy(net)
+    copied.load_state_dict({**net.state_dict(), **params})
+    torch.testing.assert_close(own.outputs(params, {**task, **own.shared_data()}, inputs), copied(inputs).detach())
+
+
+def test_batch_normalization_uses_the_statistics_of_the_batch():
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Flatten(0))
+    inputs, targets, _ = table()
+    own = ModuleFamily(net, F.mse_loss, GroupedData(inputs, targets, np.arange(99) % 6))
+    task, params = draw_task(own, "meta_train", 0)
+    net.load_state_dict({**net.state_dict(), **params})
+    rows = torch.arange(10)
+    loss = own.loss(params, {**task, **own.shared_data()}, {"rows": rows})
+    want = F.mse_loss(net(own.shared_data()["inputs"][rows]), own.shared_data()["targets"][rows])
+    torch.testing.assert_close(loss, want.detach())
+    with pytest.raises(
+        ValueError, match="every group's held-out rows must be at least 2; got 32 and 1. Raise batch_size or"
+    ):
+        family(module=net)
+
+
+def test_sampled_data_belongs_to_the_task():
+    splits = []
+
+    def sample(split, generator):
+        splits.append(split)
+        inputs = torch.randn(8, 3, generator=generator)
+        return inputs, inputs.sum(1)
+
+    own = ModuleFamily(small_net, F.mse_loss, sample, batch_size=4)
+    task, params = draw_task(own, "meta_test", 2)
+    assert splits[-1] == "meta_test"
+    assert int(task["num_rows"]) == 6 and int(task["num_test"]) == 2
+    assert draw_batches(own, task, 2, 0, 32)["rows"].max() == 5
+    net = small_net()
+    net.load_state_dict(params)
+    want = F.mse_loss(net(task["inputs"][6:]), task["targets"][6:])
+    torch.testing.assert_close(own.eval_metrics(params, {**task, **own.shared_data()})["test_loss"], want.detach())
+
+
+class Frame:
+    """The two things that `from_frame` asks of a table."""
+
+    def __init__(self, columns):
+        self.columns = list(columns)
+        self._values = columns
+
+    def __getitem__(self, name):
+        return self._values[name]
+
+
+def frame_of(columns, kind):
+    return pytest.importorskip("pandas").DataFrame(columns) if kind == "pandas" else Frame(columns)
+
+
+@pytest.mark.parametrize("kind", ["plain", "pandas"])
+def test_from_frame(kind):
+    inputs, targets, groups = table()
+    frame = frame_of({"row": inputs[:, 0], "store": groups, "sold": targets, "count": np.arange(99)}, kind)
+    data = GroupedData.from_frame(frame, group="store", target="sold")
+    assert data.inputs.shape == (99, 2) and torch.equal(data.inputs[:, 0], data.inputs[:, 1])
+    assert data.labels == GroupedData(inputs, targets, groups).labels
+    assert GroupedData.from_frame(frame, group="store", target="sold", features=["row"]).inputs.shape == (99, 1)
+    with pytest.raises(ValueError, match="group: the table has no column 'shop'; it has row, store, sold, count"):
+        GroupedData.from_frame(frame, group="shop", target="sold")
+    with pytest.raises(ValueError, match="features: the table has no column 'x'"):
+        GroupedData.from_frame(frame, group="store", target="sold", features=["x"])
+    with pytest.raises(ValueError, match="features must name at least one column"):
+        GroupedData.from_frame(frame, group="store", target="sold", features=[])
+    with pytest.raises(
+        ValueError, match="column 'store' must be numbers; got values of type .*Encode them as numbers first"
+    ):
+        GroupedData.from_frame(frame, group="row", target="sold", features=["store"])
+
+
+def test_dtypes():
+    inputs, targets, groups = table()
+    data = GroupedData(inputs.astype(np.float64), targets.astype(np.int32), groups)
+    assert data.inputs.dtype == torch.float32 and data.targets.dtype == torch.int64
+    assert (
+        GroupedData(
+            torch.arange(10, dtype=torch.int16), torch.zeros(10).bool(), [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+        ).inputs.dtype
+        == torch.int64
+    )
+
+
+def with_nan():
+    inputs, targets, groups = table()
+    inputs[[5, 9], 1] = np.nan
+    return inputs, targets, groups
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((np.zeros((0, 3)), np.zeros(0), []), {}, r"inputs must have at least one row; got shape \(0, 3\)"),
+        ((np.zeros((4, 3)), np.zeros(5), [0] * 4), {}, r"targets must have one entry per row of inputs \(4\); got 5"),
+        (
+            (np.zeros((4, 3)), np.zeros(4), [0] * 5),
+            {},
+            r"groups must have one entry per row of inputs \(4\); got shape \(5,\)",
+        ),
+        ((np.zeros((4, 3)), np.zeros(4), [0, 1, None, 1]), {}, "groups has a missing value in row 2; drop such rows"),
+        ((np.zeros((3, 3)), np.zeros(3), [0.0, 1.0, np.nan]), {}, "groups has a missing value in row 2"),
+        (
+            (np.zeros((4, 3)), np.zeros(4), list("aabb")),
+            {},
+            "groups must name at least 3 groups of 2 rows or more.*; got 2",
+        ),
+        (
+            with_nan(),
+            {},
+            "inputs must be finite; 2 of 99 rows hold NaN or infinity, the first in row 5. Fill in or drop",
+        ),
+        ((np.zeros((4, 3)), np.full(4, np.inf), list("aabb")), {}, "targets must be finite; 4 of 4 rows"),
+        (
+            (np.array([["x"]] * 4), np.zeros(4)),
+            {},
+            "inputs must be numbers; got values of type <U1 such as .*Encode them",
+        ),
+        ((np.zeros((5, 3)), np.zeros(5)), {}, "data without groups must have at least 6 rows; got 5"),
+        (table(), {"test_share": 1.0}, "test_share must lie strictly between 0 and 1; got 1.0"),
+        (table(), {"small_groups": "skip"}, "small_groups must be error or drop; got 'skip'"),
+        (table(), {"seed": -1}, "seed must not be negative; got -1"),
+    ],
+)
+def test_bad_data(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        GroupedData(*arguments, **options)
+
+
+def test_groups_with_too_few_rows():
+    groups = ["a", "a", "b", "b", "b", "c", "c", "lonely", "d", "d"]
+    inputs, targets = np.zeros((10, 2)), np.zeros(10)
+    with pytest.raises(
+        ValueError, match=r"1 of 5 groups have fewer than 2 rows, for example lonely; .*small_groups='drop'"
+    ):
+        GroupedData(inputs, targets, groups)
+    data = GroupedData(inputs, targets, groups, small_groups="drop")
+    assert len(data.inputs) == 9 and sorted(n for s in SPLITS for n in data.labels[s]) == ["a", "b", "c", "d"]
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x):
+        y = self.layer(x).flatten()
+        return y if y.sum() > 0 else 2 * y
+
+
+class Counts(Branches):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x).flatten()
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class FromNumpy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(np.random.default_rng().normal(size=3), dtype=torch.float32))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Pair(Branches):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"init": "zeros"}, "init must be reset or module; got 'zeros'"),
+        ({"test_share": 0.0}, "test_share must lie strictly between 0 and 1; got 0.0"),
+        ({"data": 3}, r"data must be a GroupedData or a function \(split, generator\) -> \(inputs, targets\); got int"),
+        ({"module": 3}, "module must be a torch.nn.Module or a function that makes one; got int"),
+        ({"module": lambda: 3}, "the function that makes the module must return a torch.nn.Module; got int"),
+        ({"module": nn.Flatten(0)}, "module must have at least one parameter with requires_grad=True; it has none"),
+        (
+            {"module": Bare()},
+            r"init='reset' cannot re-draw 'weight' of 'module' \(Bare has no reset_parameters\); give a function",
+        ),
+        ({"module": FromNumpy}, "module must make the same weights from the same torch seed"),
+        (
+            {"module": nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1))},
+            r"module has dropout in '1' \(Dropout, rate 0.1\).*module.eval\(\)",
+        ),
+        (
+            {"module": nn.LSTM(3, 4)},
+            "LSTM in '' cannot be batched by torch.func.vmap; loop over time steps with nn.LSTMCell",
+        ),
+        ({"module": nn.Linear(4, 1)}, r"module failed on a batch of inputs, shape \(32, 3\) of float32: mat1 and mat2"),
+        ({"module": Pair()}, r"module must return one tensor with one row per row of inputs .*; got tuple"),
+        ({"module": Counts()}, r"module changes its buffer 'calls' when it runs.*call module.eval\(\)"),
+        (
+            {"module": Branches()},
+            r"cannot be batched by torch.func.vmap \(.*\); it must not branch on the values of tensors",
+        ),
+        (
+            {"module": nn.Linear(3, 1)},
+            r"outputs, shape \(32, 1\) of float32, and targets, shape \(32,\) of float32.*nn.Flatten\(0\)",
+        ),
+        (
+            {"loss": F.cross_entropy, "module": nn.Linear(3, 2)},
+            "loss failed on outputs, .*Class losses want integer targets",
+        ),
+        (
+            {"loss": nn.MSELoss(reduction="none")},
+            r"loss must return a scalar tensor; got shape \(32,\). Reduce it, e.g. with .mean\(\)",
+        ),
+        ({"loss": lambda o, t: 1.0}, "loss must return a scalar tensor; got float"),
+        ({"loss": lambda o, t: (o > t).sum()}, "loss must be a floating-point scalar; got torch.int64"),
+        ({"data": lambda s, g: torch.zeros(3)}, r"must return a tuple \(inputs, targets\); got Tensor"),
+        (
+            {"data": lambda s, g: (torch.zeros(3, 3), torch.zeros(2))},
+            "must have the same number of rows, at least 2; got 3 and 2",
+        ),
+        (
+            {"data": lambda s, g: (torch.full((3, 3), float("nan")), torch.zeros(3))},
+            "sampled inputs must be finite; 3 of 3 rows",
+        ),
+    ],
+)
+def test_what_does_not_fit_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        family(**options)
+
+
+def test_sampled_shapes_must_agree():
+    def sample(split, generator):
+        rows = int(torch.randint(3, 30, (), generator=generator))
+        return torch.zeros(rows, 3), torch.zeros(rows)
+
+    with pytest.raises(ValueError, match="sampled data must have the same shape for every task; got"):
+        family(data=sample)
+
+
+def test_eval_mode_makes_dropout_acceptable():
+    net = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5), nn.Flatten(0)).eval()
+    assert BatchedFamily(family(module=net)).num_parameters == 4
