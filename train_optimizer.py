@@ -97,7 +97,7 @@ def _yaml_dicts() -> tyro.constructors.ConstructorRegistry:
             metavar="YAML",
             instance_from_str=read,
             is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True, width=10**6).strip()],
+            str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()],
         )
 
     return registry

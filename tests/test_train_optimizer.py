@@ -1,0 +1,201 @@
+"""The training script as users run it: subprocesses that are killed, interrupted, resumed and given bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from learned_opt.artifact import load_artifact
+from learned_opt.checkpoints import CheckpointFolder
+from learned_opt.config import load
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "train_optimizer.py")
+
+SMALL = {
+    "rule": "compact",
+    "families": {
+        "normal": {"name": "quadratic", "dim": 3},
+        "digits": {"name": "image_mlp", "hidden": [2], "batch_size": 4},
+    },
+    "trainer": {
+        "outer_steps": 60,
+        "num_particles": 3,
+        "truncation": 5,
+        "horizons": {"kind": "log_uniform", "shortest": 5, "longest": 12},
+        "validation_every": 10,
+        "validation_tasks": 2,
+    },
+    "baselines": [],
+    "checkpoint_every": 3,
+    "tracking": {"mode": "disabled"},
+}
+
+
+def config_file(folder, **changes):
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    return str(path)
+
+
+def command(*arguments):
+    return [sys.executable, SCRIPT, *arguments]
+
+
+def run(*arguments, **kwargs):
+    kwargs = {"timeout": 120, "env": {**os.environ, "COLUMNS": "120"}, **kwargs}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs)
+
+
+def start(*arguments):
+    return subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder, step, process):
+    """Until the run's newest checkpoint is of this outer step or a later one, or the process has ended."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end and process.poll() is None:
+        latest = CheckpointFolder(folder / "checkpoints").latest()
+        if latest is not None and int(latest.name.split("-")[1].split(".")[0]) >= step:
+            return
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run("--config", config_file(folder), "--run-dir", str(folder / "run"))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def final_state(folder):
+    return CheckpointFolder(folder / "checkpoints").load_latest()
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    assert load(undisturbed / "config.yaml").rule == "compact"
+    artifact = load_artifact(undisturbed / "optimizer.safetensors")
+    state = final_state(undisturbed)
+    assert state["outer_step"] == 60
+    assert artifact.provenance["families"] == SMALL["families"]
+    for name, value in artifact.theta.items():
+        assert torch.equal(value, state["best_theta"][name])
+    assert len(list((undisturbed / "checkpoints").glob("step-*.pt"))) == 3
+    assert len(list((undisturbed / "checkpoints").glob("best-*.pt"))) == 1
+
+
+def test_the_written_config_reproduces_the_run(undisturbed, tmp_path):
+    done = run("--config", str(undisturbed / "config.yaml"), "--run-dir", str(tmp_path / "again"))
+    assert done.returncode == 0, done.stderr
+    assert load_artifact(tmp_path / "again" / "optimizer.safetensors").hash == load_artifact(undisturbed / "optimizer.safetensors").hash
+
+
+def test_killed_at_random_and_resumed_ends_with_the_same_bits(undisturbed, tmp_path):
+    moments = random.Random(0)
+    folder = tmp_path / "run"
+    arguments = ["--config", config_file(tmp_path), "--run-dir", str(folder)]
+    kills = 0
+    for step in (3, 21, 42):
+        process = start(*arguments)
+        wait_for_step(folder, step, process)
+        time.sleep(moments.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        arguments = ["--resume", str(folder)]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert kills >= 2
+    want, got = final_state(undisturbed), final_state(folder)
+    for name, value in want["theta"].items():
+        assert torch.equal(value, got["theta"][name])
+    for label, particles in want["estimators"].items():
+        assert torch.equal(particles["params"], got["estimators"][label]["params"])
+        assert particles["seeds"] == got["estimators"][label]["seeds"]
+    assert load_artifact(folder / "optimizer.safetensors").hash == load_artifact(undisturbed / "optimizer.safetensors").hash
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_resume(undisturbed, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start("--config", config_file(tmp_path), "--run-dir", str(folder))
+    wait_for_step(folder, 3, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert f"continue with: python train_optimizer.py --resume {folder}" in out
+    stopped_at = int(out.split("stopped at outer step ")[1].split(";")[0])
+    assert final_state(folder)["outer_step"] == stopped_at
+    done = run("--resume", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert load_artifact(folder / "optimizer.safetensors").hash == load_artifact(undisturbed / "optimizer.safetensors").hash
+
+
+def test_a_damaged_checkpoint_is_an_error_and_falls_back_when_asked(undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    process = start("--config", config_file(tmp_path), "--run-dir", str(folder))
+    wait_for_step(folder, 9, process)
+    process.kill()
+    process.communicate()
+    newest = CheckpointFolder(folder / "checkpoints").latest()
+    newest.write_bytes(newest.read_bytes()[:-100])
+    refused = run("--resume", str(folder))
+    assert refused.returncode == 2
+    assert "is damaged" in refused.stderr and "--fall-back" in refused.stderr
+    done = run("--resume", str(folder), "--fall-back")
+    assert done.returncode == 0, done.stderr
+    assert load_artifact(folder / "optimizer.safetensors").hash == load_artifact(undisturbed / "optimizer.safetensors").hash
+
+
+def test_evaluation_writes_table_results_and_picture(tmp_path):
+    small = {**SMALL["trainer"], "outer_steps": 2}
+    evaluation = {"horizon": 6, "num_tasks": 3, "seeds": [0, 1], "num_validation_tasks": 2, "num_resamples": 50}
+    path = config_file(tmp_path, trainer=small, baselines=["sgd", "adam"], evaluation=evaluation)
+    unseen = "{unseen: {name: quadratic, dim: 4}}"
+    done = run("--config", path, "--run-dir", str(tmp_path / "run"), "--test-families", unseen)
+    assert done.returncode == 0, done.stderr
+    assert "final / adam" in done.stdout and "unseen" in done.stdout
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {(r["family"], r["optimizer"]) for r in results["results"]} == {
+        (f, o) for f in ("normal", "digits", "unseen") for o in ("learned", "sgd", "adam")
+    }
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "digit"], "unknown preset 'digit'; did you mean digits?"),
+        (["--rule", "compac"], "unknown update rule 'compac'; did you mean compact?"),
+        (["--estimator", "backprob"], "unknown estimator 'backprob'; did you mean backprop?"),
+        (["--families", "{a: {name: image_mpl}}"], "image_mlp"),
+        (["--trainer.truncation", "200"], "truncation (200) must not exceed the longest horizon (100)"),
+        (["--baselines", "adma"], "unknown baseline 'adma'; choose from"),
+        (["--config", "no/such.yaml"], "cannot read the configuration file no/such.yaml: No such file or directory"),
+        (["--resume", "no/such"], "no/such does not hold a run (no config.yaml in it)"),
+        (["--device", "cuda:99"], "device"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
+    done = run(*arguments, *([] if "--resume" in arguments else ["--run-dir", str(tmp_path / "run")]))
+    assert done.returncode == 2
+    assert message in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_folder_is_never_overwritten_or_mixed(undisturbed, tmp_path):
+    again = run("--config", config_file(tmp_path), "--run-dir", str(undisturbed))
+    assert again.returncode == 2 and f"already holds a run; continue it with --resume {undisturbed}" in again.stderr
+    other = run("--resume", str(undisturbed), "--trainer.truncation", "4")
+    assert other.returncode == 2
+    assert "was started with other settings" in other.stderr and "trainer.truncation: 5 -> 4" in other.stderr
