@@ -33,10 +33,10 @@ class NoisyBowl(TaskFamily):
         return {"x": x}
 
     def sample_batches(self, task, num_steps, generator):
-        return {"shift": torch.randn(num_steps, self.dim, generator=generator) * self.noise}
+        return {"shift": torch.randn(num_steps, self.dim, generator=generator) * self.noise} if self.noise else {}
 
     def loss(self, params, task, batch):
-        x = params["x"] + batch["shift"]
+        x = params["x"] + batch["shift"] if self.noise else params["x"]
         return 0.1 + (0.5 * task["h"] * x.square() + 0.1 * x.cos()).sum()
 
 

@@ -8,16 +8,23 @@ the recorded gradients and one chunk, whatever the truncation's graph would have
 
 Second order is exact: it differentiates the inner gradients too. The unroll keeps what each step started from; going
 backwards, one step at a time is rebuilt with its graph and differentiated, so that memory holds one step's graph only.
+
+With `recompute`, of either order, memory grows with the square root of the truncation: the unroll keeps what every
+√K-th step started from; going backwards, each such block of steps is run again, then differentiated one step at a time.
+It costs a second unroll, and makes unrolls of any length differentiable. The numbers are those of the plain route.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 
+from learned_opt.batched import BatchedFamily
 from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.estimators.particles import snapshot
 from learned_opt.rules.base import slice_coordinates
 from learned_opt.task import Tensors
 from learned_opt.unroll import Particles, Segment, Stage, columns_of, start_particles, unroll
@@ -25,27 +32,40 @@ from learned_opt.unroll import Particles, Segment, Stage, columns_of, start_part
 REPLAY_CHUNK = 2048
 """Coordinates replayed at a time."""
 
+Cotangents = tuple[torch.Tensor, torch.Tensor, Tensors]
+"""Derivatives of later meta-losses with respect to the (params, grads, rule state) that a step starts from."""
+
 
 class TruncatedBackprop(Estimator):
     """Truncated backpropagation.
 
     Args:
         order: 1 for gradients as constants, 2 for the exact meta-gradient of the truncation.
-        chunk_size: coordinates replayed at a time (first order).
+        chunk_size: coordinates replayed at a time (first order, without recompute).
+        recompute: keep every √truncation-th state and run the steps between them twice: memory grows with the root.
     """
 
     kind: ClassVar[str] = "backprop"
 
-    def __init__(self, order: int = 1, chunk_size: int = REPLAY_CHUNK) -> None:
+    def __init__(self, order: int = 1, chunk_size: int = REPLAY_CHUNK, recompute: bool = False) -> None:
         if order not in (1, 2):
             raise ValueError(f"order must be 1 (inner gradients as constants) or 2 (exact); got {order}")
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
         self.order = order
         self.chunk_size = chunk_size
+        self.recompute = recompute
 
     def init(self, work: Workload, theta: Tensors, ids: Sequence[int]) -> Particles:
-        return start_particles(work.batched, work.rule, work.plan, ids)
+        """Particles at the start of their first episode.
+
+        Raises:
+            ValueError: order 2 on a loss without second derivative.
+        """
+        particles = start_particles(work.batched, work.rule, work.plan, ids)
+        if self.order == 2:
+            check_second_derivative(work.batched, particles)
+        return particles
 
     def horizons(self, state: Particles) -> list[int]:
         return list(state.horizons)
@@ -57,17 +77,13 @@ class TruncatedBackprop(Estimator):
         return Particles.from_state_dict(saved, work.batched, work.plan.split)
 
     def estimate(self, work: Workload, theta: Tensors, state: Particles) -> Estimate:
-        segment = unroll(
-            work.rule,
-            theta,
-            work.batched,
-            work.plan,
-            state,
-            work.truncation,
-            record="gradients" if self.order == 1 else "stages",
-        )
-        value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid)
-        grads = (self._replay if self.order == 1 else self._exact)(work, theta, segment, weights)
+        if self.recompute:
+            value, grads, segment = self._in_blocks(work, theta, state)
+        else:
+            record = "gradients" if self.order == 1 else "stages"
+            segment = unroll(work.rule, theta, work.batched, work.plan, state, work.truncation, record=record)
+            value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid)
+            grads = (self._replay if self.order == 1 else self._exact)(work, theta, segment, weights)
         return Estimate(
             grads={n: torch.zeros_like(g) if n in work.frozen else g for n, g in grads.items()},
             meta_loss=float(value),
@@ -110,12 +126,45 @@ class TruncatedBackprop(Estimator):
         return total
 
     def _exact(self, work: Workload, theta: Tensors, segment: Segment, weights: torch.Tensor) -> Tensors:
-        leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
         total = {name: torch.zeros_like(value) for name, value in theta.items()}
-        later: tuple[torch.Tensor, torch.Tensor, Tensors] | None = None
-        for stage, weight in zip(reversed(segment.stages), weights.flip(0)):
-            later = self._one_step_back(work, leaves, total, stage, weight, later, segment.valid)
+        self._back_over(work, theta, total, segment.stages, weights, segment.valid, None)
         return total
+
+    def _in_blocks(self, work: Workload, theta: Tensors, state: Particles) -> tuple[torch.Tensor, Tensors, Segment]:
+        """(meta-loss, meta-gradient, the segment without records), keeping one state per block of about √K steps."""
+        size = math.isqrt(work.truncation - 1) + 1
+        starts: list[tuple[Particles, int, int]] = []
+        parts: list[Segment] = []
+        for start in range(0, work.truncation, size):
+            stop = min(start + size, work.truncation)
+            starts.append((snapshot(state), start, stop))
+            parts.append(unroll(work.rule, theta, work.batched, work.plan, state, stop - start))
+        losses, initial = torch.cat([p.losses for p in parts]), torch.cat([p.initial for p in parts])
+        valid = torch.stack([p.valid for p in parts]).all(0)
+        value, weights = work.meta_loss.weights(losses, initial, valid)
+        total = {name: torch.zeros_like(v) for name, v in theta.items()}
+        later: Cotangents | None = None
+        while starts:
+            particles, start, stop = starts.pop()
+            block = unroll(work.rule, theta, work.batched, work.plan, particles, stop - start, record="stages")
+            later = self._back_over(work, theta, total, block.stages, weights[start:stop], valid, later)
+        return value, total, Segment(losses, initial, valid, None, None, [], [])
+
+    def _back_over(
+        self,
+        work: Workload,
+        theta: Tensors,
+        total: Tensors,
+        stages: list[Stage],
+        weights: torch.Tensor,
+        valid: torch.Tensor,
+        later: Cotangents | None,
+    ) -> Cotangents | None:
+        """Differentiate these steps, the last first; `later` is what comes from the steps behind them."""
+        leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        for stage, weight in zip(reversed(stages), weights.flip(0)):
+            later = self._one_step_back(work, leaves, total, stage, weight, later, valid)
+        return later
 
     def _one_step_back(
         self,
@@ -124,9 +173,9 @@ class TruncatedBackprop(Estimator):
         total: Tensors,
         stage: Stage,
         weight: torch.Tensor,
-        later: tuple[torch.Tensor, torch.Tensor, Tensors] | None,
+        later: Cotangents | None,
         valid: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
+    ) -> Cotangents:
         """Differentiate one inner step: adds to `total`, returns the cotangents of what was before it.
 
         These are (params, grads, rule state).
@@ -138,13 +187,20 @@ class TruncatedBackprop(Estimator):
         with torch.enable_grad():
             update, new_state = work.rule.update(leaves, grads.reshape(-1), params.reshape(-1), state)
             new_params = params + update.view_as(params)
-            losses, new_grads = work.batched.losses_and_grads(new_params, stage.tasks, stage.batch, differentiable=True)
-            surrogate = (losses * weight)[valid].sum()
+            if self.order == 2:
+                losses, new_grads = work.batched.losses_and_grads(
+                    new_params, stage.tasks, stage.batch, differentiable=True
+                )
+                surrogate = (losses * weight)[valid].sum()
+            else:
+                _, new_grads = work.batched.losses_and_grads(new_params.detach(), stage.tasks, stage.batch)
+                surrogate = (new_params * new_grads * weight[:, None])[valid].sum()
             if later is not None:
                 d_params, d_grads, d_state = later
                 keep = valid if stage.ends is None else valid & ~stage.ends
-                for value, cotangent in ((new_params, d_params), (new_grads, d_grads)):
-                    surrogate = surrogate + (value * cotangent)[keep].sum()
+                surrogate = surrogate + (new_params * d_params)[keep].sum()
+                if self.order == 2:
+                    surrogate = surrogate + (new_grads * d_grads)[keep].sum()
                 for name, cotangent in d_state.items():
                     columns = keep.nonzero().flatten()
                     pair = columns_of({"value": new_state[name], "cotangent": cotangent}, columns, len(keep))
@@ -157,3 +213,36 @@ class TruncatedBackprop(Estimator):
             total[name] += value
         rest = out[len(leaves) :]
         return rest[0], rest[1], dict(zip(state, rest[2:]))
+
+
+def check_second_derivative(batched: BatchedFamily, particles: Particles) -> None:
+    """Raise ValueError if the loss cannot be differentiated twice; tried on the first of these particles.
+
+    A loss whose gradient carries no graph passes only if its gradient is the same elsewhere, as a linear loss's is.
+    """
+    one = [0]
+    params = particles.params[one].clone().requires_grad_()
+    tasks = {name: value[one] for name, value in particles.tasks.items()}
+    batches = batched.batches(tasks, particles.seeds[:1], particles.steps[:1], 1)
+    batch = {name: value[0] for name, value in batches.items()}
+    cause: RuntimeError | None = None
+    try:
+        with torch.enable_grad():
+            _, grads = batched.losses_and_grads(params, tasks, batch, differentiable=True)
+            if grads.requires_grad:
+                torch.autograd.grad(grads.sum(), params)
+                return
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        cause = error
+    if cause is None:
+        _, elsewhere = batched.losses_and_grads(params.detach() * 1.5 + 0.5, tasks, batch)
+        if torch.allclose(grads, elsewhere, equal_nan=True):
+            return
+    reason = str(cause).splitlines()[0] if cause else "its gradient carries no graph, yet is not constant"
+    raise ValueError(
+        f"order=2 needs the second derivative of the loss of {batched.family.name}, which cannot be formed: {reason}. "
+        "Use order=1, an evolution strategy (es, pes, nres), or write the loss with operations that can be "
+        "differentiated twice"
+    ) from cause
