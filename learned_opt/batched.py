@@ -130,7 +130,7 @@ class BatchedFamily:
         """Named views of a flat parameter tensor [..., num_parameters]."""
         parts = params.split(self._sizes, dim=-1)
         lead = params.shape[:-1]
-        return {n: part.reshape(*lead, *shape) for n, shape, part in zip(self.names, self.shapes, parts)}
+        return {n: part.reshape((*lead, *shape)) for n, shape, part in zip(self.names, self.shapes, parts)}
 
     def _loss(self, params: torch.Tensor, task: Tensors, shared: Tensors, batch: Tensors) -> torch.Tensor:
         return self.family.loss(self.unflatten(params), {**task, **shared}, batch)
