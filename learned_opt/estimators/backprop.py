@@ -25,15 +25,17 @@ import torch
 from learned_opt.batched import BatchedFamily
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.estimators.particles import snapshot
-from learned_opt.rules.base import slice_coordinates
+from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
 from learned_opt.task import Tensors
 from learned_opt.unroll import Particles, Segment, Stage, columns_of, start_particles, unroll
 
-REPLAY_CHUNK = 2048
-"""Coordinates replayed at a time."""
-
 Cotangents = tuple[torch.Tensor, torch.Tensor, Tensors]
 """Derivatives of later meta-losses with respect to the (params, grads, rule state) that a step starts from."""
+
+
+def replay_chunk(rule: UpdateRule) -> int:
+    """Coordinates replayed at a time: half of what a step takes, since a replay keeps every step's gates."""
+    return fitting_chunk(rule) // 2
 
 
 class TruncatedBackprop(Estimator):
@@ -41,16 +43,16 @@ class TruncatedBackprop(Estimator):
 
     Args:
         order: 1 for gradients as constants, 2 for the exact meta-gradient of the truncation.
-        chunk_size: coordinates replayed at a time (first order, without recompute).
+        chunk_size: coordinates replayed at a time (first order, without recompute); by default what suits the rule.
         recompute: keep every √truncation-th state and run the steps between them twice: memory grows with the root.
     """
 
     kind: ClassVar[str] = "backprop"
 
-    def __init__(self, order: int = 1, chunk_size: int = REPLAY_CHUNK, recompute: bool = False) -> None:
+    def __init__(self, order: int = 1, chunk_size: int | None = None, recompute: bool = False) -> None:
         if order not in (1, 2):
             raise ValueError(f"order must be 1 (inner gradients as constants) or 2 (exact); got {order}")
-        if chunk_size < 1:
+        if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
         self.order = order
         self.chunk_size = chunk_size
@@ -111,8 +113,9 @@ class TruncatedBackprop(Estimator):
             num_steps, num_columns = weight.shape
             inputs, outputs = inputs.reshape(num_steps, -1), outputs.reshape(num_steps, -1)
             params = run.params.reshape(-1)
-            for start in range(0, num_columns * size, self.chunk_size):
-                stop = min(start + self.chunk_size, num_columns * size)
+            chunk_size = self.chunk_size or replay_chunk(work.rule)
+            for start in range(0, num_columns * size, chunk_size):
+                stop = min(start + chunk_size, num_columns * size)
                 owner = torch.arange(start, stop, device=weight.device) // size
                 part = work.rule.backward(
                     theta,
@@ -187,6 +190,8 @@ class TruncatedBackprop(Estimator):
         with torch.enable_grad():
             update, new_state = work.rule.update(leaves, grads.reshape(-1), params.reshape(-1), state)
             new_params = params + update.view_as(params)
+            # Their loss may be NaN at zero too: what comes back from it must not reach theta.
+            new_params = torch.where(valid[:, None], new_params, new_params.detach())
             if self.order == 2:
                 losses, new_grads = work.batched.losses_and_grads(
                     new_params, stage.tasks, stage.batch, differentiable=True
