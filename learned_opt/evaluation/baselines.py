@@ -13,7 +13,6 @@ import functools
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -191,14 +190,13 @@ def tune(
         return min(sorted(found), key=found.__getitem__)
 
     try_rates(baseline.rates)
-    factor = np.sqrt(10.0)
     for _ in range(_MAX_EXTENSIONS):
         lowest, highest = min(found), max(found)
         if all(bad == num_tasks for _, bad, _ in found.values()) or best() == lowest:
             # Where everything diverges, lower rates are the ones that may not.
-            try_rates(tuple(float(lowest / factor**k) for k in range(_HALF_DECADES_PER_EXTENSION, 0, -1)))
+            try_rates(tuple(lowest / 10 ** (k / 2) for k in range(_HALF_DECADES_PER_EXTENSION, 0, -1)))
         elif best() == highest:
-            try_rates(tuple(float(highest * factor**k) for k in range(1, _HALF_DECADES_PER_EXTENSION + 1)))
+            try_rates(tuple(highest * 10 ** (k / 2) for k in range(1, _HALF_DECADES_PER_EXTENSION + 1)))
         else:
             break
     rates = tuple(sorted(found))

@@ -90,15 +90,10 @@ def running_means(losses: npt.ArrayLike) -> Array:
     """At every step, the mean of that loss and those before it, at most `final_window`; [horizon + 1, num_tasks]."""
     curves = as_curves(losses)
     window = final_window(len(curves) - 1)
-    # Cumulative sums, with the infinite losses counted apart: infinity minus infinity would be NaN.
-    finite = np.isfinite(curves)
-    zero = np.zeros((1, curves.shape[1]))
-    sums = np.concatenate([zero, np.where(finite, curves, 0.0).cumsum(0)])
-    bad = np.concatenate([zero, (~finite).cumsum(0)])
-    stop = np.arange(1, len(curves) + 1)
-    start = np.maximum(stop - window, 0)
-    means = (sums[stop] - sums[start]) / (stop - start)[:, None]
-    return np.where(bad[stop] > bad[start], np.inf, means)
+    # Differences of cumulative sums would be cheaper, and worthless where losses fall by many orders of magnitude.
+    head = curves[: window - 1].cumsum(0) / np.arange(1, window)[:, None]
+    tail = np.lib.stride_tricks.sliding_window_view(curves, window, axis=0).mean(-1)
+    return np.concatenate([head, tail])
 
 
 def steps_to_reach(losses: npt.ArrayLike, targets: npt.ArrayLike) -> Array:

@@ -26,6 +26,8 @@ _INK, _FAINT = "#333333", "#8A8A8A"
 _PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND_HEIGHT = 3.9, 2.9, 0.75
 _MAX_COLUMNS = 3
 _DOTS_PER_INCH = 160
+_WIDEST_RANGE = 1e12
+"""The highest loss shown over the lowest: below lie zeros and rounding."""
 _HEADROOM = 2.0
 """Losses up to so many times the initial one are shown: a run that blows up must not flatten the others."""
 
@@ -59,7 +61,7 @@ def draw_curves(comparison: Comparison) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install matplotlib") from error
+        raise ModuleNotFoundError('pictures need matplotlib: pip install "learned-opt[eval]"') from error
     panels = {
         family: [result for result in comparison.ordered() if result.family == family] for family in comparison.families
     }
@@ -81,6 +83,7 @@ def draw_curves(comparison: Comparison) -> Figure:
             panel.set_xlabel("inner step", color=_INK)
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
+    figure.align_ylabels(list(axes))
     _legend(figure, axes[: len(panels)], comparison)
     return figure
 
@@ -141,10 +144,11 @@ def _draw_panel(
         panel.set_axis_off()
         return
     top = min(max(shown), _HEADROOM * start) if start > 0 else max(shown)
-    if min(shown) > 0:
+    if min(shown) >= 0 and top > 0:
+        bottom = max(min((value for value in shown if value > 0), default=top), top / _WIDEST_RANGE)
         panel.set_yscale("log")
-        panel.set_ylim(min(shown) / 1.25, top * 1.25)
-        _plain_ticks(panel, top / min(shown))
+        panel.set_ylim(bottom / 1.25, top * 1.25)
+        _plain_ticks(panel, top / bottom)
     elif top < max(shown):
         panel.set_ylim(min(shown) - 0.05 * (top - min(shown)), top)
     panel.set_xlim(0, max(result.horizon for result in results))
@@ -164,7 +168,7 @@ def _plain_ticks(panel: Axes, span: float) -> None:
     """Plain numbers on a logarithmic axis: every decade, with 2 and 5 in between where it covers little."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 30 else (1.0,)))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0,)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
 
