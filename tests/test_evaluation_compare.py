@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -125,27 +126,8 @@ def test_json_is_strict_and_complete(found):
 def test_the_table_is_aligned_and_says_what_it_holds(found):
     comparison, _ = found
     lines = comparison.table().splitlines()
-    assert lines[0].split() == (
-        [
-            "optimizer",
-            "rate",
-            "final",
-            "loss",
-            "mean",
-            "loss",
-            "final",
-            "/",
-            "adam",
-            "mean",
-            "/",
-            "adam",
-            "steps",
-            "to",
-            "adam",
-            "diverged",
-            "distance",
-        ]
-    )
+    assert re.split("  +", lines[0].strip()) == comparison.header()[1:]
+    assert comparison.header()[5:8] == ["final / adam", "mean / adam", "steps to adam"]
     assert lines[2] == "one" and lines[8] == "two"
     rows = [line for line in lines[3:13] if line.startswith("  ")]
     assert len(rows) == 8
@@ -220,7 +202,7 @@ def test_infinities_in_table_and_json():
             [learned(), learned()],
             {"p": Parabola()},
             None,
-            "candidates must have distinct names; got 'learned' more than",
+            "candidates must have distinct names; got 'learned' more than once",
         ),
         ([learned()], {}, None, "families must hold at least one task family; got none"),
         ([learned()], {"p": Parabola()}, {"q": 3}, "horizons names 'q', which is not among the families p"),

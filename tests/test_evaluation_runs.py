@@ -16,7 +16,7 @@ DOUBLE = torch.float64
 
 
 def one_by_one(make, make_schedule, family, split, seed, num_tasks, rate, horizon):
-    """Plain loops: a fresh torch.optim optimizer per task over parameters of their own shapes, gradients by autograd."""
+    """Plain loops: a fresh torch.optim optimizer per task, over parameters of true shapes, gradients by autograd."""
     shared = {n: v.to(DOUBLE) for n, v in family.shared_data().items()}
     curves = []
     for index in range(num_tasks):
