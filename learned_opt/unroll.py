@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from learned_opt.batched import BatchedFamily
-from learned_opt.rules.base import DEFAULT_CHUNK, UpdateRule, chunked_update
+from learned_opt.rules.base import UpdateRule, chunked_update
 from learned_opt.task import Tensors, task_seed
 from learned_opt.truncation import HorizonSchedule
 
@@ -255,7 +255,7 @@ def inner_steps(
 
 
 def learned_move(
-    rule: UpdateRule, theta: Tensors, particles: Particles, *, per_particle: bool = False, chunk_size: int = DEFAULT_CHUNK
+    rule: UpdateRule, theta: Tensors, particles: Particles, *, per_particle: bool = False, chunk_size: int | None = None
 ) -> Move:
     """The move that applies an update rule and keeps its state in the particles.
 
@@ -264,7 +264,7 @@ def learned_move(
         theta: its meta-parameters; with `per_particle`, one set per particle stacked along a leading dimension.
         particles: whose rule state to read and replace.
         per_particle: see theta; used by estimators that perturb theta.
-        chunk_size: coordinates at a time.
+        chunk_size: coordinates at a time; None for what suits the rule.
     """
 
     def move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
@@ -293,7 +293,7 @@ def unroll(
     record: str = "nothing",
     per_particle: bool = False,
     restart_invalid: bool = True,
-    chunk_size: int = DEFAULT_CHUNK,
+    chunk_size: int | None = None,
 ) -> Segment:
     """Advance the particles by one truncation, without a graph, restarting those that reach their horizon.
 
@@ -308,7 +308,7 @@ def unroll(
         record: "nothing"; "gradients", which a first-order replay needs; or "stages", which an exact backward pass needs.
         per_particle: theta has a leading dimension of particles.
         restart_invalid: whether particles marked invalid start their next episode at the end.
-        chunk_size: coordinates per chunk of the update rule.
+        chunk_size: coordinates per chunk of the update rule; None for what suits it.
 
     Returns:
         The segment's losses and what was recorded.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from learned_opt.rules.adam import AdamRule, AdamRuleConfig
-from learned_opt.rules.base import DEFAULT_CHUNK, RuleConfig, UpdateRule, chunked_update, slice_coordinates
+from learned_opt.rules.base import DEFAULT_CHUNK, RuleConfig, UpdateRule, chunked_update, fitting_chunk, slice_coordinates
 from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
 from learned_opt.rules.sgd import SGDRule, SGDRuleConfig
 
@@ -23,6 +23,7 @@ __all__ = [
     "SGDRuleConfig",
     "UpdateRule",
     "chunked_update",
+    "fitting_chunk",
     "get",
     "slice_coordinates",
 ]

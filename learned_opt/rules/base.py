@@ -9,6 +9,7 @@ the result depends on column i of the inputs alone, so any split of the coordina
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -17,7 +18,10 @@ import torch
 from learned_opt.task import Tensors
 
 DEFAULT_CHUNK = 4096
-"""Coordinates per chunk: small enough that the temporaries of a 2x20 LSTM stay in a core's cache."""
+"""Coordinates per chunk of a step: few enough that the temporaries of a 2x20 LSTM stay in a core's cache."""
+
+_CACHED_NUMBERS = 2**18
+"""How many numbers of rule state a chunk may have for its temporaries to stay in a core's second-level cache (2 MiB)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ class UpdateRule(ABC):
             out = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in zip(leaves, out)}
 
-    @property
+    @functools.cached_property
     def rows_per_coordinate(self) -> int:
         """How many numbers of state a coordinate has, the step count excluded."""
         return sum(v[..., 0].numel() for n, v in self.init_state(1).items() if n != "step")
@@ -102,6 +106,11 @@ class UpdateRule(ABC):
     def settings(self) -> dict[str, Any]:
         """The configuration as plain values."""
         return dataclasses.asdict(self.config)
+
+
+def fitting_chunk(rule: UpdateRule) -> int:
+    """Coordinates per chunk for which the rule's temporaries stay in a core's cache: more for a smaller rule."""
+    return max(1024, _CACHED_NUMBERS // max(rule.rows_per_coordinate, 1))
 
 
 def slice_coordinates(tensors: Tensors, start: int, stop: int) -> Tensors:
@@ -116,10 +125,11 @@ def chunked_update(
     params: torch.Tensor,
     state: Tensors,
     *,
-    chunk_size: int = DEFAULT_CHUNK,
+    chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, Tensors]:
-    """`rule.update` over [n] coordinates, at most `chunk_size` at a time, so that temporaries stay small."""
+    """`rule.update` over [n] coordinates, at most `chunk_size` (by default `fitting_chunk`) at a time, so that temporaries stay small."""
     n = grads.shape[-1]
+    chunk_size = chunk_size or fitting_chunk(rule)
     if n <= chunk_size:
         return rule.update(theta, grads, params, state)
     update = torch.empty_like(grads)

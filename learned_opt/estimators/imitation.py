@@ -1,0 +1,257 @@
+"""Imitation of a teacher on a share of the episodes, beside another estimator on the rest (Chen et al. 2020).
+
+On the imitating episodes the auxiliary loss of a truncation is
+
+    Σ |u_t(theta) − ū_t|² / Σ |ū_t|²
+
+over its inner steps and coordinates, with u the updates of the rule and ū those of the teacher, which see the same
+gradients and parameters: zero for a rule that does what the teacher does, one for a rule that does nothing. The gradients and
+parameters along the way are constants, so its derivative is exact and needs no derivative of a task. "off" policy, the teacher moves the
+parameters; "on" policy, the rule does, and the teacher says what it would have done there.
+
+The rule's state and the teacher's are carried from truncation to truncation, and reset with the episode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from learned_opt import rules
+from learned_opt.estimators.backprop import replay_chunk
+from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.estimators.table import SINGLE, make
+from learned_opt.rules.base import UpdateRule, slice_coordinates
+from learned_opt.task import Tensors
+from learned_opt.unroll import Particles, Run, Segment, columns_of, start_particles, unroll
+
+POLICIES = ("off", "on")
+
+
+@dataclasses.dataclass
+class ImitationState:
+    """What both shares carry.
+
+    Attributes:
+        inner: the other estimator's state; None if every particle imitates.
+        particles: the imitating ones, with the state of whoever moves the parameters; None if no particle imitates.
+        follower: the rule state of the other one, tensors [..., P · num_parameters].
+    """
+
+    inner: Any
+    particles: Particles | None
+    follower: Tensors
+
+
+class Imitation(Estimator):
+    """Another estimator's meta-gradient plus `weight` times that of imitating a teacher.
+
+    Args:
+        teacher: name of the teacher's update rule.
+        teacher_settings: its settings, for example `{"lr": 1e-3}` for "adam".
+        teacher_theta: its meta-parameters; those it starts from by default, which is what "adam" and "sgd" need.
+        policy: "off" (the teacher moves the parameters) or "on" (the rule does).
+        share: of the episodes, in (0, 1]. Particles imitate in twos, chosen by their index in the whole run.
+        weight: of the auxiliary loss, positive.
+        estimator: name of the estimator on the other episodes; one of "backprop", "es", "pes", "nres".
+        estimator_settings: its settings.
+    """
+
+    kind: ClassVar[str] = "imitation"
+
+    def __init__(
+        self,
+        teacher: str = "adam",
+        teacher_settings: Mapping[str, Any] | None = None,
+        teacher_theta: Tensors | None = None,
+        policy: str = "off",
+        share: float = 0.3,
+        weight: float = 1.0,
+        estimator: str = "backprop",
+        estimator_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}; got {policy!r}")
+        if not 0 < share <= 1:
+            raise ValueError(f"share must lie in (0, 1]; got {share}")
+        if not weight > 0:
+            raise ValueError(f"weight must be positive; got {weight}")
+        self.teacher: UpdateRule = rules.get(teacher, **(teacher_settings or {}))
+        self.teacher_theta = teacher_theta or self.teacher.init_theta(torch.Generator().manual_seed(0))
+        self.policy = policy
+        self.share = share
+        self.weight = weight
+        self.inner = make(SINGLE, estimator, estimator_settings or {})
+
+    def imitates(self, particle: int) -> bool:
+        """Whether the particle with this index in the whole run imitates."""
+        two = particle // 2
+        return math.floor((two + 1) * self.share) > math.floor(two * self.share)
+
+    def _leader(self, work: Workload) -> UpdateRule:
+        return self.teacher if self.policy == "off" else work.rule
+
+    def _follower(self, work: Workload) -> UpdateRule:
+        return work.rule if self.policy == "off" else self.teacher
+
+    def init(self, work: Workload, theta: Tensors, ids: Sequence[int]) -> ImitationState:
+        chosen = [i for i in ids if self.imitates(i)]
+        rest = [i for i in ids if not self.imitates(i)]
+        inner = self.inner.init(work, theta, rest) if rest else None
+        if not chosen:
+            return ImitationState(inner, None, {})
+        particles = start_particles(work.batched, self._leader(work), work.plan, chosen)
+        return ImitationState(inner, particles, self._fresh(work, len(chosen)))
+
+    def _fresh(self, work: Workload, num_particles: int) -> Tensors:
+        return self._follower(work).init_state(
+            num_particles * work.batched.num_parameters, dtype=work.batched.dtype, device=work.batched.device
+        )
+
+    def estimate(self, work: Workload, theta: Tensors, state: ImitationState) -> Estimate:
+        inner = None if state.inner is None else self.inner.estimate(work, theta, state.inner)
+        if state.particles is None:
+            assert inner is not None
+            return inner
+        grads, loss, segment = self._imitate(work, theta, state, state.particles)
+        grads = {n: torch.zeros_like(g) if n in work.frozen else g * self.weight for n, g in grads.items()}
+        own = Estimate(
+            grads=grads,
+            meta_loss=float(work.meta_loss(segment.losses, segment.initial, segment.valid)),
+            num_inner_steps=work.truncation * len(state.particles),
+            num_invalid=int((~segment.valid).sum()),
+            num_clipped=work.meta_loss.num_clipped(segment.losses, segment.initial),
+            metrics={"imitation_loss": loss},
+        )
+        if inner is None:
+            return own
+        return Estimate(
+            grads={n: g + grads[n] for n, g in inner.grads.items()},
+            meta_loss=inner.meta_loss,
+            num_inner_steps=inner.num_inner_steps + own.num_inner_steps,
+            num_invalid=inner.num_invalid + own.num_invalid,
+            num_clipped=inner.num_clipped + own.num_clipped,
+            metrics={**inner.metrics, **own.metrics},
+        )
+
+    def _imitate(
+        self, work: Workload, theta: Tensors, state: ImitationState, particles: Particles
+    ) -> tuple[Tensors, float, Segment]:
+        """(gradient of the auxiliary loss, its value, the segment), advancing the state."""
+        reference = next(iter(theta.values()))
+        teacher_theta = {n: v.to(reference.device, reference.dtype) for n, v in self.teacher_theta.items()}
+        leader_theta = teacher_theta if self.policy == "off" else theta
+        segment = unroll(
+            self._leader(work),
+            leader_theta,
+            work.batched,
+            work.plan,
+            particles,
+            work.truncation,
+            record="gradients",
+        )
+        total = {n: torch.zeros_like(v) for n, v in theta.items()}
+        follower = self._fresh(work, len(particles))
+        error = torch.zeros((), dtype=reference.dtype, device=reference.device)
+        norm = torch.zeros_like(error)
+        for run in segment.runs:
+            columns = torch.arange(len(particles), device=reference.device) if run.columns is None else run.columns
+            kept = segment.valid[columns]
+            end, run_error, run_norm = self._replay(
+                work, theta, teacher_theta, state.follower, segment, run, columns, kept, total
+            )
+            error, norm = error + run_error, norm + run_norm
+            if run.stop == work.truncation:
+                at_start = torch.tensor([particles.steps[c] == 0 for c in columns.tolist()], device=reference.device)
+                follower = _put(follower, end, columns[kept], ~at_start[kept], len(particles))
+        state.follower = follower
+        scale = 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return {n: v * scale for n, v in total.items()}, float(error * scale), segment
+
+    def _replay(
+        self,
+        work: Workload,
+        theta: Tensors,
+        teacher_theta: Tensors,
+        carried: Tensors,
+        segment: Segment,
+        run: Run,
+        columns: torch.Tensor,
+        kept: torch.Tensor,
+        total: Tensors,
+    ) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+        """Run teacher and rule over one run; adds to `total`, returns (follower's state at its end, Σ|u − ū|², Σ|ū|²)."""
+        assert segment.inputs is not None
+        grads = segment.inputs[run.start : run.stop, columns[kept]].flatten(1)
+        leader_state = columns_of(run.rule_state, kept.nonzero().flatten(), len(columns))
+        if run.start:
+            follower_state = self._fresh(work, int(kept.sum()))
+        else:
+            follower_state = columns_of(carried, columns[kept], int(len(segment.valid)))
+        params = run.params[kept].reshape(-1)
+        off = self.policy == "off"
+        states = (follower_state, leader_state) if off else (leader_state, follower_state)
+        ends: list[Tensors] = []
+        error, norm = grads.new_zeros(()), grads.new_zeros(())
+        leaves = {n: v.detach().requires_grad_() for n, v in theta.items()}
+        chunk_size = replay_chunk(work.rule)
+        for start in range(0, grads.shape[1], chunk_size):
+            part = slice(start, min(start + chunk_size, grads.shape[1]))
+            rule_state, teacher_state = (slice_coordinates(s, part.start, part.stop) for s in states)
+            at, chunk_error = params[part], grads.new_zeros(())
+            for grad in grads[:, part]:
+                with torch.no_grad():
+                    goal, teacher_state = self.teacher.update(teacher_theta, grad, at, teacher_state)
+                with torch.enable_grad():
+                    update, rule_state = work.rule.update(leaves, grad, at, rule_state)
+                    chunk_error = chunk_error + (update - goal).square().sum()
+                norm = norm + goal.square().sum()
+                at = at + (goal if off else update.detach())
+            out = torch.autograd.grad(chunk_error, list(leaves.values()), allow_unused=True)
+            for name, value in zip(leaves, out):
+                if value is not None:
+                    total[name] += value
+            error = error + chunk_error.detach()
+            ends.append({n: v.detach() for n, v in (rule_state if off else teacher_state).items()})
+        if not ends:
+            return follower_state, error, norm
+        return {n: torch.cat([e[n] for e in ends], dim=-1) for n in ends[0]}, error, norm
+
+    def horizons(self, state: ImitationState) -> list[int]:
+        own = [] if state.particles is None else list(state.particles.horizons)
+        return own + ([] if state.inner is None else self.inner.horizons(state.inner))
+
+    def state_dict(self, state: ImitationState) -> dict[str, Any]:
+        return {
+            "inner": None if state.inner is None else self.inner.state_dict(state.inner),
+            "particles": None if state.particles is None else state.particles.state_dict(),
+            "follower": dict(state.follower),
+        }
+
+    def load_state_dict(self, work: Workload, saved: dict[str, Any]) -> ImitationState:
+        particles = saved["particles"]
+        return ImitationState(
+            inner=None if saved["inner"] is None else self.inner.load_state_dict(work, saved["inner"]),
+            particles=None
+            if particles is None
+            else Particles.from_state_dict(particles, work.batched, work.plan.split),
+            follower={n: v.to(work.batched.device) for n, v in saved["follower"].items()},
+        )
+
+
+def _put(state: Tensors, values: Tensors, columns: torch.Tensor, which: torch.Tensor, num_particles: int) -> Tensors:
+    """`state` [..., P · D] with the columns where `which` holds replaced by those of `values` [..., k · D]."""
+    if not which.any():
+        return state
+    picked = columns_of(values, which.nonzero().flatten(), len(columns))
+    count = int(which.sum())
+    return {
+        n: v.unflatten(-1, (num_particles, -1))
+        .index_copy(-2, columns[which], picked[n].unflatten(-1, (count, -1)))
+        .flatten(-2)
+        for n, v in state.items()
+    }
