@@ -212,7 +212,7 @@ def run(arguments: Arguments) -> int:
     tracker = Tracker(settings.tracking, folder.path, settings.to_dict(), resume=resuming)
     progress = Progress(settings.trainer.outer_steps, completed=trainer.outer_step)
     try:
-        progress.say(f"run folder: {folder.path}")
+        progress.say(f"run folder: {folder.path}" + (f"\nwandb: {tracker.url}" if tracker.url else ""))
         stopped = meta_train(trainer, settings, folder, tracker, progress)
         if stopped:
             progress.say(f"stopped at outer step {trainer.outer_step}; continue with: python train_optimizer.py --resume {folder.path}")
@@ -220,11 +220,15 @@ def run(arguments: Arguments) -> int:
             return 128 + stopped
         artifact = export(trainer, settings, folder)
         tracker.log_artifact(folder.optimizer, name=f"optimizer-{settings.rule}", metadata={"hash": artifact.hash, **artifact.provenance})
+        tracker.log_summary({"best_score": trainer.best_score, "best_step": trainer.best_step})
         progress.say(f"exported the theta of outer step {trainer.best_step} to {folder.optimizer}")
         if settings.baselines:
             report(evaluate(artifact, settings, folder, settings.device), folder, tracker, progress)
         tracker.finish()
         return 0
+    except BaseException:
+        tracker.finish(exit_code=1)
+        raise
     finally:
         folder.release()
 
