@@ -2,8 +2,8 @@
 
 A linear system of 23 states, x ← Ax + θb, whose first state should be 1 (Tallec and Ollivier 2017; Vicol, Metz and
 Sohl-Dickstein 2021). A holds ½ on the diagonal and next to it; b is +1 for the first 10 states and −1 for the other 13.
-θ raises the first state at once, but lowers it in the long run, as the influence of the other 23 − 10 states arrives. Estimators that see one step
-raise θ for ever; unbiased ones find the optimum.
+θ raises the first state at once, but lowers it in the long run, as the influence of the other 23 − 10 states arrives.
+Estimators that see one step raise θ for ever; unbiased ones find the optimum.
 
     python -m benchmarks.influence_balancing --out influence_balancing.png
 """
@@ -116,7 +116,7 @@ def descend(
     lr: float = 0.01,
     run_seed: int = 0,
 ) -> list[float]:
-    """θ after every outer step of Adam on one estimator's meta-gradients; the learning rate falls along a half cosine."""
+    """θ after every outer step of Adam on one estimator's meta-gradients; the learning rate falls by a half cosine."""
     kind, settings = ESTIMATORS[label]
     estimator = estimators.get(kind, **settings)
     work = workload(truncation, run_seed)

@@ -115,7 +115,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "learned_opt.estimators": (
         "learned_opt.batched",
         "learned_opt.meta_loss",
-        "learned_opt.rules.base",
+        "learned_opt.rules",
         "learned_opt.task",
         "learned_opt.truncation",
         "learned_opt.unroll",
@@ -176,13 +176,15 @@ def test_no_import_cycles():
 
 
 # Inner steps: a gradient of a task's loss together with one application of an update rule.
-# `optimizer` and `coordinates` are the drop-in optimizer's one step; second-order backprop replays steps of the unroll.
+# `optimizer` and `coordinates` are the drop-in optimizer's one step; second-order backprop and imitation replay the rule
+# over steps that the unroll has taken.
 STEPPERS = (
     "learned_opt.rules",
     "learned_opt.unroll",
     "learned_opt.optimizer",
     "learned_opt.coordinates",
     "learned_opt.estimators.backprop",
+    "learned_opt.estimators.imitation",
 )
 
 

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 from learned_opt.estimators.backprop import TruncatedBackprop
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.estimators.es import TruncatedES
+from learned_opt.estimators.imitation import Imitation
+from learned_opt.estimators.mix import InverseVarianceMix
 from learned_opt.estimators.nres import NRES
 from learned_opt.estimators.pes import PES
+from learned_opt.estimators.table import SINGLE, make
 
-__all__ = ["ESTIMATORS", "NRES", "PES", "Estimate", "Estimator", "TruncatedBackprop", "TruncatedES", "Workload", "get"]
+__all__ = [
+    "ESTIMATORS",
+    "NRES",
+    "PES",
+    "Estimate",
+    "Estimator",
+    "Imitation",
+    "InverseVarianceMix",
+    "TruncatedBackprop",
+    "TruncatedES",
+    "Workload",
+    "get",
+]
 
 ESTIMATORS: dict[str, Callable[..., Estimator]] = {
-    TruncatedBackprop.kind: TruncatedBackprop,
-    TruncatedES.kind: TruncatedES,
-    PES.kind: PES,
-    NRES.kind: NRES,
+    **SINGLE,
+    InverseVarianceMix.kind: InverseVarianceMix,
+    Imitation.kind: Imitation,
 }
-"""A new estimator is one file and one line here."""
+"""A new estimator is one file and one line, here or in `table.SINGLE`."""
 
 
 def get(name: str, **settings: Any) -> Estimator:
@@ -29,11 +42,4 @@ def get(name: str, **settings: Any) -> Estimator:
     Raises:
         ValueError: an unknown name (near matches are suggested), or settings it does not take.
     """
-    if name not in ESTIMATORS:
-        near = difflib.get_close_matches(name, ESTIMATORS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(sorted(ESTIMATORS))}"
-        raise ValueError(f"unknown estimator {name!r}; {hint}")
-    try:
-        return ESTIMATORS[name](**settings)
-    except TypeError as error:
-        raise ValueError(f"estimator {name!r}: {error}") from None
+    return make(ESTIMATORS, name, settings)

@@ -5,9 +5,10 @@ On the imitating episodes the auxiliary loss of a truncation is
     Σ |u_t(theta) − ū_t|² / Σ |ū_t|²
 
 over its inner steps and coordinates, with u the updates of the rule and ū those of the teacher, which see the same
-gradients and parameters: zero for a rule that does what the teacher does, one for a rule that does nothing. The gradients and
-parameters along the way are constants, so its derivative is exact and needs no derivative of a task. "off" policy, the teacher moves the
-parameters; "on" policy, the rule does, and the teacher says what it would have done there.
+gradients and parameters: zero for a rule that does what the teacher does, one for a rule that does nothing. The
+gradients and parameters along the way are constants, so its derivative is exact and needs no derivative of a task.
+"off" policy, the teacher moves the parameters; "on" policy, the rule does, and the teacher says what it would have
+done there.
 
 The rule's state and the teacher's are carried from truncation to truncation, and reset with the episode.
 """
@@ -184,14 +185,18 @@ class Imitation(Estimator):
         kept: torch.Tensor,
         total: Tensors,
     ) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
-        """Run teacher and rule over one run; adds to `total`, returns (follower's state at its end, Σ|u − ū|², Σ|ū|²)."""
+        """Replay teacher and rule over one run; adds to `total`.
+
+        Returns:
+            (the follower's state at its end, Σ|u − ū|², Σ|ū|²).
+        """
         assert segment.inputs is not None
         grads = segment.inputs[run.start : run.stop, columns[kept]].flatten(1)
         leader_state = columns_of(run.rule_state, kept.nonzero().flatten(), len(columns))
         if run.start:
             follower_state = self._fresh(work, int(kept.sum()))
         else:
-            follower_state = columns_of(carried, columns[kept], int(len(segment.valid)))
+            follower_state = columns_of(carried, columns[kept], len(segment.valid))
         params = run.params[kept].reshape(-1)
         off = self.policy == "off"
         states = (follower_state, leader_state) if off else (leader_state, follower_state)
