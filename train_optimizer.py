@@ -5,7 +5,8 @@
     python train_optimizer.py --config my.yaml --trainer.outer-steps 2000
     python train_optimizer.py --resume runs/digits-…            continue a run that was stopped
 
-Everything a run makes lies in its folder: config.yaml, checkpoints/, optimizer.safetensors, results.json, curves.png and wandb/.
+Everything a run makes lies in its folder: config.yaml, checkpoints/, optimizer.safetensors, results.json, curves.png
+and wandb/.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import tyro
@@ -36,7 +37,7 @@ from learned_opt.meta_trainer import MetaTrainer
 from learned_opt.progress import Progress
 from learned_opt.run_folder import RunFolder
 from learned_opt.task import TaskFamily
-from learned_opt.tracking import Tracker
+from learned_opt.tracking import Mode, Tracker
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         settings = configuration.preset(chosen.preset or "digits")
     arguments = tyro.cli(Arguments, args=list(argv), default=Arguments(settings=settings), registry=_yaml_dicts())
     if arguments.wandb:
-        tracking = dataclasses.replace(arguments.settings.tracking, mode=arguments.wandb)
+        tracking = dataclasses.replace(arguments.settings.tracking, mode=cast(Mode, arguments.wandb))
         arguments = dataclasses.replace(arguments, settings=dataclasses.replace(arguments.settings, tracking=tracking))
     return arguments
 
@@ -97,7 +98,9 @@ def _yaml_dicts() -> tyro.constructors.ConstructorRegistry:
             metavar="YAML",
             instance_from_str=read,
             is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()],
+            str_from_instance=lambda value: [
+                yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
+            ],
         )
 
     return registry
@@ -120,7 +123,9 @@ def build_families(described: dict[str, dict[str, Any]]) -> dict[str, TaskFamily
     return {label: tasks.get(**values) for label, values in described.items()}
 
 
-def meta_train(trainer: MetaTrainer, settings: RunConfig, folder: RunFolder, tracker: Tracker, progress: Progress) -> int:
+def meta_train(
+    trainer: MetaTrainer, settings: RunConfig, folder: RunFolder, tracker: Tracker, progress: Progress
+) -> int:
     """The outer loop. Returns 0 when it is done, or the number of the signal that stopped it."""
     checkpoints = CheckpointFolder(folder.checkpoints, keep=settings.keep_checkpoints)
     signals = StopSignals()
@@ -166,7 +171,10 @@ def evaluate(artifact: Artifact, settings: RunConfig, folder: RunFolder, device:
         write_atomically(folder.results, json.dumps(comparison.to_json(), indent=1).encode())
 
     return compare(
-        [Learned(name="learned", rule=artifact.rule, theta=artifact.theta), *(BASELINES[name] for name in settings.baselines)],
+        [
+            Learned(name="learned", rule=artifact.rule, theta=artifact.theta),
+            *(BASELINES[name] for name in settings.baselines),
+        ],
         build_families({**settings.families, **settings.test_families}),
         settings.evaluation,
         device=device,
@@ -215,11 +223,16 @@ def run(arguments: Arguments) -> int:
         progress.say(f"run folder: {folder.path}" + (f"\nwandb: {tracker.url}" if tracker.url else ""))
         stopped = meta_train(trainer, settings, folder, tracker, progress)
         if stopped:
-            progress.say(f"stopped at outer step {trainer.outer_step}; continue with: python train_optimizer.py --resume {folder.path}")
+            progress.say(
+                f"stopped at outer step {trainer.outer_step}; continue with: "
+                f"python train_optimizer.py --resume {folder.path}"
+            )
             tracker.finish(exit_code=1)
             return 128 + stopped
         artifact = export(trainer, settings, folder)
-        tracker.log_artifact(folder.optimizer, name=f"optimizer-{settings.rule}", metadata={"hash": artifact.hash, **artifact.provenance})
+        tracker.log_artifact(
+            folder.optimizer, name=f"optimizer-{settings.rule}", metadata={"hash": artifact.hash, **artifact.provenance}
+        )
         tracker.log_summary({"best_score": trainer.best_score, "best_step": trainer.best_step})
         progress.say(f"exported the theta of outer step {trainer.best_step} to {folder.optimizer}")
         if settings.baselines:

@@ -34,8 +34,8 @@ class BatchedFamily:
         num_parameters: how many numbers that is.
 
     Raises:
-        ValueError: a family whose parameters are missing or not floating point, whose loss is not a scalar, or whose tasks'
-            constants have names of the shared data.
+        ValueError: a family whose parameters are missing or not floating point, whose loss is not a scalar, or whose
+            tasks' constants have names of the shared data.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is written to a temporary file in the same folder, flushed to the disk and renamed; its name ends with a hash of its
-bytes, which is verified on loading. A crash, a full disk or a flipped bit can therefore cost the newest checkpoint at
-most, never the ones before it, and never silently. Loading unpickles nothing but tensors and plain containers.
+A checkpoint is written to a temporary file in the same folder, flushed to the disk and renamed; its name ends with a
+hash of its bytes, which is verified on loading. A crash, a full disk or a flipped bit can therefore cost the newest
+checkpoint at most, never the ones before it, and never silently. Loading unpickles nothing but tensors and plain
+containers.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class CheckpointFolder:
                 write_atomically(self.folder / f"best-{name}", data)
         except OSError as error:
             raise CheckpointError(
-                f"cannot write the checkpoint {path}: {error.strerror}; free some space or make the folder writable, then "
+                f"cannot write the checkpoint {path}: {error.strerror}; free some space or make the folder "
+                "writable, then "
                 "resume: the checkpoints before it are untouched"
             ) from error
         for kind, kept in (("step", self.keep), ("best", 1)):
@@ -102,7 +104,9 @@ class CheckpointFolder:
         """
         found = self._list("step")
         if not found:
-            raise CheckpointError(f"no checkpoint in {self.folder}; start a new run, or give the folder of one that was started")
+            raise CheckpointError(
+                f"no checkpoint in {self.folder}; start a new run, or give the folder of one that was started"
+            )
         for i, (_, path) in enumerate(reversed(found)):
             try:
                 return load_checkpoint(path)
@@ -111,7 +115,9 @@ class CheckpointFolder:
                     continue
                 others = len(found) - i - 1
                 hint = (
-                    f"resume with --fall-back to continue from the one before it ({found[-2][1].name})" if others else "no other is left"
+                    f"resume with --fall-back to continue from the one before it ({found[-2][1].name})"
+                    if others
+                    else "no other is left"
                 )
                 raise CheckpointError(f"{error}; {hint}") from error
         raise CheckpointError(f"all {len(found)} checkpoints in {self.folder} are damaged; start a new run")
@@ -131,7 +137,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     if hashlib.sha256(data).hexdigest()[:16] != match["hash"]:
-        raise CheckpointError(f"the checkpoint {path} is damaged: its content ({len(data)} bytes) does not have the hash in its name")
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: its content ({len(data)} bytes) does not have the hash in its name"
+        )
     try:
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:

@@ -39,8 +39,14 @@ class RunFolder:
         if not self.config.is_file():
             near = []
             if self.path.parent.is_dir():
-                near = difflib.get_close_matches(self.path.name, [p.name for p in self.path.parent.iterdir() if p.is_dir()], n=1)
-            hint = f"; did you mean {self.path.parent / near[0]}?" if near else "; give the folder of a run that was started"
+                near = difflib.get_close_matches(
+                    self.path.name, [p.name for p in self.path.parent.iterdir() if p.is_dir()], n=1
+                )
+            hint = (
+                f"; did you mean {self.path.parent / near[0]}?"
+                if near
+                else "; give the folder of a run that was started"
+            )
             raise ValueError(f"{self.path} does not hold a run (no config.yaml in it){hint}")
         return configuration.load(self.config)
 
@@ -53,16 +59,23 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"cannot make the run folder {self.path}: {error.strerror}; name another with --run-dir") from error
+            raise ValueError(
+                f"cannot make the run folder {self.path}: {error.strerror}; name another with --run-dir"
+            ) from error
         self.lock()
         if self.config.exists():
             self.release()
-            raise ValueError(f"{self.path} already holds a run; continue it with --resume {self.path}, or name another with --run-dir")
+            raise ValueError(
+                f"{self.path} already holds a run; continue it with --resume {self.path}, "
+                "or name another with --run-dir"
+            )
         try:
             settings.save(self.config)
         except OSError as error:
             self.release()
-            raise ValueError(f"cannot write to the run folder {self.path}: {error.strerror}; name another with --run-dir") from error
+            raise ValueError(
+                f"cannot write to the run folder {self.path}: {error.strerror}; name another with --run-dir"
+            ) from error
 
     def resume(self, settings: RunConfig) -> None:
         """Take the folder for continuing its run.
@@ -76,7 +89,8 @@ class RunFolder:
         different = differences(before, now)
         if different:
             raise ValueError(
-                f"{self.path} was started with other settings; resume it with those, or start a new run:\n  " + "\n  ".join(different)
+                f"{self.path} was started with other settings; resume it with those, or start a new run:\n  "
+                + "\n  ".join(different)
             )
         self.lock()
 
@@ -95,10 +109,13 @@ class RunFolder:
             lock.acquire()
         except filelock.Timeout:
             raise ValueError(
-                f"another process is running in {self.path}; wait for it or stop it, or name another folder with --run-dir"
+                f"another process is running in {self.path}; wait for it or stop it, "
+                "or name another folder with --run-dir"
             ) from None
         except OSError as error:
-            raise ValueError(f"cannot write to the run folder {self.path}: {error.strerror}; name another with --run-dir") from error
+            raise ValueError(
+                f"cannot write to the run folder {self.path}: {error.strerror}; name another with --run-dir"
+            ) from error
         self._lock = lock
 
     def release(self) -> None:

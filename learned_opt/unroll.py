@@ -1,8 +1,8 @@
 """The inner loop: particles, and the only place where inner steps are taken.
 
 A particle is one task being run. An inner step takes the gradient it holds, lets the optimizer move the parameters, and
-evaluates loss and gradient at the new place: the gradient at the end of one truncation is the first input of the next, so
-every update is judged by a loss and no evaluation is made twice. A particle whose horizon is reached restarts
+evaluates loss and gradient at the new place: the gradient at the end of one truncation is the first input of the next,
+so every update is judged by a loss and no evaluation is made twice. A particle whose horizon is reached restarts
 on a fresh task, in the middle of a truncation if need be.
 """
 
@@ -24,7 +24,7 @@ _DRAWS_BEFORE_GIVING_UP = 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpisodePlan:
-    """Which task and horizon a particle's next episode has: a pure function of the run seed, the particle and the episode.
+    """Which task and horizon a particle's next episode has: a pure function of run seed, particle and episode.
 
     Attributes:
         split: where tasks are drawn from.
@@ -134,7 +134,8 @@ class Segment:
         initial: [K, P], the loss at the start of the episode each step belongs to.
         valid: [P], false where a loss or a gradient was not finite; such a particle's numbers are not to be used.
         inputs: [K, P, num_parameters], the gradient each step used; None unless gradients are recorded.
-        outputs: [K, P, num_parameters], the gradient at the parameters after each step; None unless gradients are recorded.
+        outputs: [K, P, num_parameters], the gradient at the parameters after each step; None unless gradients are
+            recorded.
         runs: the segment cut at resets; empty unless gradients are recorded.
         stages: one per step; empty unless stages are recorded.
     """
@@ -149,7 +150,11 @@ class Segment:
 
 
 def start_particles(
-    batched: BatchedFamily, rule: UpdateRule | None, plan: EpisodePlan, ids: Sequence[int], episodes: Sequence[int] | None = None
+    batched: BatchedFamily,
+    rule: UpdateRule | None,
+    plan: EpisodePlan,
+    ids: Sequence[int],
+    episodes: Sequence[int] | None = None,
 ) -> Particles:
     """Particles at the start of an episode, evaluated at their initial parameters.
 
@@ -193,7 +198,9 @@ def _finite(losses: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
     return torch.isfinite(losses) & torch.isfinite((grads * grads).sum(1))
 
 
-def restart(batched: BatchedFamily, rule: UpdateRule | None, plan: EpisodePlan, particles: Particles, columns: Sequence[int]) -> None:
+def restart(
+    batched: BatchedFamily, rule: UpdateRule | None, plan: EpisodePlan, particles: Particles, columns: Sequence[int]
+) -> None:
     """Put the particles in these columns at the start of their next episode; the others are left alone."""
     columns = list(columns)
     fresh = start_particles(
@@ -207,7 +214,9 @@ def restart(batched: BatchedFamily, rule: UpdateRule | None, plan: EpisodePlan, 
         setattr(particles, name, getattr(particles, name).index_copy(0, index, getattr(fresh, name)))
     particles.tasks = {n: v.index_copy(0, index, fresh.tasks[n]) for n, v in particles.tasks.items()}
     particles.rule_state = {
-        n: _as_particles(v, len(particles)).index_copy(-2, index, _as_particles(fresh.rule_state[n], len(columns))).flatten(-2)
+        n: _as_particles(v, len(particles))
+        .index_copy(-2, index, _as_particles(fresh.rule_state[n], len(columns)))
+        .flatten(-2)
         for n, v in particles.rule_state.items()
     }
 
@@ -274,7 +283,9 @@ def learned_move(
             )
             return params + update.view_as(params)
         state = {n: _as_particles(v, len(params)) for n, v in particles.rule_state.items()}
-        update, state = torch.func.vmap(rule.update, in_dims=(0, 0, 0, -2), out_dims=(0, -2))(theta, grads, params, state)
+        update, state = torch.func.vmap(rule.update, in_dims=(0, 0, 0, -2), out_dims=(0, -2))(
+            theta, grads, params, state
+        )
         particles.rule_state = {n: v.flatten(-2) for n, v in state.items()}
         return params + update
 
@@ -297,7 +308,8 @@ def unroll(
 ) -> Segment:
     """Advance the particles by one truncation, without a graph, restarting those that reach their horizon.
 
-    Particles whose loss or gradient stops being finite are marked invalid and, unless told otherwise, restarted at the end.
+    Particles whose loss or gradient stops being finite are marked invalid and, unless told otherwise, restarted at the
+    end.
 
     Args:
         rule, theta: the optimizer; see `learned_move` for `per_particle`.
@@ -305,7 +317,8 @@ def unroll(
         plan: names the tasks that restarted particles get.
         particles: advanced in place.
         num_steps: inner steps, at least 1.
-        record: "nothing"; "gradients", which a first-order replay needs; or "stages", which an exact backward pass needs.
+        record: "nothing"; "gradients", which a first-order replay needs; or "stages", which an exact backward pass
+            needs.
         per_particle: theta has a leading dimension of particles.
         restart_invalid: whether particles marked invalid start their next episode at the end.
         chunk_size: coordinates per chunk of the update rule; None for what suits it.

@@ -96,7 +96,10 @@ def test_a_run_leaves_what_it_promises(undisturbed):
 def test_the_written_config_reproduces_the_run(undisturbed, tmp_path):
     done = run("--config", str(undisturbed / "config.yaml"), "--run-dir", str(tmp_path / "again"))
     assert done.returncode == 0, done.stderr
-    assert load_artifact(tmp_path / "again" / "optimizer.safetensors").hash == load_artifact(undisturbed / "optimizer.safetensors").hash
+    assert (
+        load_artifact(tmp_path / "again" / "optimizer.safetensors").hash
+        == load_artifact(undisturbed / "optimizer.safetensors").hash
+    )
 
 
 def test_killed_at_random_and_resumed_ends_with_the_same_bits(undisturbed, tmp_path):
@@ -121,7 +124,10 @@ def test_killed_at_random_and_resumed_ends_with_the_same_bits(undisturbed, tmp_p
     for label, particles in want["estimators"].items():
         assert torch.equal(particles["params"], got["estimators"][label]["params"])
         assert particles["seeds"] == got["estimators"][label]["seeds"]
-    assert load_artifact(folder / "optimizer.safetensors").hash == load_artifact(undisturbed / "optimizer.safetensors").hash
+    assert (
+        load_artifact(folder / "optimizer.safetensors").hash
+        == load_artifact(undisturbed / "optimizer.safetensors").hash
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -137,7 +143,10 @@ def test_a_signal_saves_and_says_how_to_resume(undisturbed, tmp_path, number):
     assert final_state(folder)["outer_step"] == stopped_at
     done = run("--resume", str(folder))
     assert done.returncode == 0, done.stderr
-    assert load_artifact(folder / "optimizer.safetensors").hash == load_artifact(undisturbed / "optimizer.safetensors").hash
+    assert (
+        load_artifact(folder / "optimizer.safetensors").hash
+        == load_artifact(undisturbed / "optimizer.safetensors").hash
+    )
 
 
 def test_a_damaged_checkpoint_is_an_error_and_falls_back_when_asked(undisturbed, tmp_path):
@@ -153,7 +162,10 @@ def test_a_damaged_checkpoint_is_an_error_and_falls_back_when_asked(undisturbed,
     assert "is damaged" in refused.stderr and "--fall-back" in refused.stderr
     done = run("--resume", str(folder), "--fall-back")
     assert done.returncode == 0, done.stderr
-    assert load_artifact(folder / "optimizer.safetensors").hash == load_artifact(undisturbed / "optimizer.safetensors").hash
+    assert (
+        load_artifact(folder / "optimizer.safetensors").hash
+        == load_artifact(undisturbed / "optimizer.safetensors").hash
+    )
 
 
 def test_evaluation_writes_table_results_and_picture(tmp_path):
