@@ -7,7 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from learned_opt.rules.adam import AdamRule, AdamRuleConfig
-from learned_opt.rules.base import DEFAULT_CHUNK, RuleConfig, UpdateRule, chunked_update, fitting_chunk, slice_coordinates
+from learned_opt.rules.base import (
+    DEFAULT_CHUNK,
+    RuleConfig,
+    UpdateRule,
+    check_types,
+    chunked_update,
+    fitting_chunk,
+    slice_coordinates,
+)
 from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
 from learned_opt.rules.sgd import SGDRule, SGDRuleConfig
 
@@ -68,4 +76,5 @@ def get(name: str, **settings: Any) -> UpdateRule:
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(f"rule {name!r} has no setting {unknown[0]!r}; it has {', '.join(known)}")
+    check_types(name, config, settings)
     return make(config(**{**preset, **settings}))

@@ -74,6 +74,7 @@ class AdamRule(UpdateRule):
         correction1 = -torch.expm1(step * torch.log1p(-rate1))
         correction2 = -torch.expm1(step * torch.log1p(-rate2))
         seen = v > 0
-        root = torch.where(seen, v / correction2, 1.0).sqrt()
+        # Two roots, not one of the quotient: its derivative overflows float32 from gradients of 1e17 on.
+        root = torch.where(seen, v, 1.0).sqrt() / correction2.sqrt()
         update = -theta["log_lr"].exp() * (m / correction1) / (root + self.config.eps)
         return torch.where(seen, update, 0.0), {"m": m, "v": v, "step": step}

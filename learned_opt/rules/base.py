@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,23 @@ _CACHED_NUMBERS = 2**18
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuleConfig:
     """Base of the rules' configurations: frozen, validated when made, plain values only."""
+
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a string"),
+    "bool": ((bool,), "true or false"),
+}
+
+
+def check_types(rule: str, config: type[RuleConfig], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the first setting that is not of its field's type; ranges are the configuration's own."""
+    for field in dataclasses.fields(config):
+        types, words = _TYPES[str(field.type)]
+        value = settings.get(field.name, field.default)
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise ValueError(f"{field.name} of rule {rule!r} must be {words}; got {value!r}")
 
 
 class UpdateRule(ABC):

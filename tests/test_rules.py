@@ -1,0 +1,444 @@
+"""One contract for every update rule, and each rule against what it claims to be."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from learned_opt import rules
+from learned_opt.rules import UpdateRule, chunked_update, slice_coordinates
+from learned_opt.rules.features import log_and_sign, normalized
+
+RULES = list(rules.RULES)
+VARIANTS = {name: (name, {}) for name in RULES} | {
+    "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 2}),
+    "dense_log": ("lstm", {"inputs": "log_and_sign", "dense_units": 3, "output_tanh": False}),
+    "no_momentum": ("lstm", {"beta": 0.0, "output_scale": 2.0}),
+}
+N, STEPS = 11, 6
+
+
+def make(variant):
+    name, settings = VARIANTS[variant]
+    return rules.get(name, **settings)
+
+
+def theta_of(rule, dtype=torch.float64, seed=0):
+    """Theta away from its special initial values: zero biases and a quiet read-out hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    theta = {n: v.to(dtype) for n, v in rule.init_theta(generator).items()}
+    noise = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64).to(dtype) for n, v in theta.items()}
+    return {n: v + 0.1 * noise[n] for n, v in theta.items()}
+
+
+def grads_of(num_steps=STEPS, n=N, dtype=torch.float64, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.logspace(-3, 2, n, dtype=torch.float64)
+    return (torch.randn(num_steps, n, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def run(rule, theta, grads, state=None, params=None):
+    """(updates [steps, n], final state)."""
+    n = grads.shape[1]
+    state = rule.init_state(n, dtype=grads.dtype) if state is None else state
+    params = torch.linspace(-1, 1, n, dtype=grads.dtype) if params is None else params
+    updates = []
+    for grad in grads:
+        update, state = rule.update(theta, grad, params, state)
+        params = params + update
+        updates.append(update)
+    return torch.stack(updates), state
+
+
+@pytest.fixture(params=list(VARIANTS))
+def rule(request):
+    return make(request.param)
+
+
+def test_pure(rule):
+    theta, grads, params = theta_of(rule), grads_of(), torch.randn(N, dtype=torch.float64)
+    _, state = run(rule, theta, grads)
+    inputs = [*theta.values(), grads, params, *state.values()]
+    copies = [x.clone() for x in inputs]
+    update, new_state = rule.update(theta, grads[0], params, state)
+    again, again_state = rule.update(theta, grads[0], params, state)
+    rule.backward(theta, grads, params, state, grads.flip(0))
+    assert all(torch.equal(x, y) for x, y in zip(inputs, copies))
+    assert torch.equal(update, again)
+    assert all(torch.equal(v, again_state[n]) for n, v in new_state.items())
+    storages = {x.untyped_storage().data_ptr() for x in inputs}
+    assert update.untyped_storage().data_ptr() not in storages
+    assert not any(v.untyped_storage().data_ptr() in storages for v in new_state.values())
+
+
+def test_coordinatewise(rule):
+    theta, grads = theta_of(rule), grads_of()
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
+    params = torch.linspace(-1, 1, N, dtype=torch.float64)
+    updates, state = run(rule, theta, grads, params=params)
+    shuffled, shuffled_state = run(rule, theta, grads[:, order], params=params[order])
+    torch.testing.assert_close(shuffled, updates[:, order], rtol=1e-12, atol=1e-14)
+    for name, value in state.items():
+        torch.testing.assert_close(shuffled_state[name], value[..., order], rtol=1e-12, atol=1e-14)
+    # What happens elsewhere does not reach a coordinate.
+    others = grads.clone()
+    others[:, 3:] = 7.0
+    alone, _ = run(rule, theta, others, params=params)
+    torch.testing.assert_close(alone[:, :3], updates[:, :3], rtol=1e-12, atol=1e-14)
+    assert updates.abs().min() > 0
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, N])
+def test_chunks_give_the_same_numbers(rule, chunk_size):
+    theta, grads, params = theta_of(rule), grads_of(), torch.zeros(N, dtype=torch.float64)
+    _, state = run(rule, theta, grads)
+    want, want_state = rule.update(theta, grads[0], params, state)
+    got, got_state = chunked_update(rule, theta, grads[0], params, state, chunk_size=chunk_size)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    assert got_state.keys() == want_state.keys()
+    for name, value in want_state.items():
+        torch.testing.assert_close(got_state[name], value, rtol=1e-12, atol=1e-14)
+
+
+def test_a_shared_step_count_gives_the_same_numbers(rule):
+    theta, grads, params = theta_of(rule), grads_of(), torch.zeros(N, dtype=torch.float64)
+    _, state = run(rule, theta, grads)
+    if "step" not in state:
+        pytest.skip("this rule does not count steps")
+    shared = {**state, "step": state["step"][:1]}
+    want, want_state = rule.update(theta, grads[0], params, state)
+    for chunk_size in (4, N):
+        got, got_state = chunked_update(rule, theta, grads[0], params, shared, chunk_size=chunk_size)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+        assert got_state["step"].tolist() == [STEPS + 1]
+        torch.testing.assert_close(got_state["m"], want_state["m"], rtol=1e-12, atol=0)
+
+
+def test_coordinates_without_gradient_never_move(rule):
+    theta, grads = theta_of(rule), grads_of()
+    grads[:, [0, 4]] = 0.0
+    updates, state = run(rule, theta, grads)
+    assert (updates[:, [0, 4]] == 0).all() and updates[:, [1, 2, 3]].abs().min() > 0
+    # They are as good as new: the first gradient moves them as the first gradient moves anything.
+    assert all(torch.isfinite(v).all() for v in state.values())
+    nothing, _ = run(rule, theta, torch.zeros(STEPS, N, dtype=torch.float64))
+    assert (nothing == 0).all()
+    # The meta-gradient of what never moves is zero, and finite: the root of zero has an infinite slope.
+    back = rule.backward(
+        theta,
+        torch.zeros(3, N, dtype=torch.float64),
+        torch.zeros(N),
+        rule.init_state(N, dtype=torch.float64),
+        grads[:3],
+    )
+    assert all((v == 0).all() for v in back.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_shapes_and_dtypes(rule, dtype):
+    theta, grads = theta_of(rule, dtype), grads_of(dtype=dtype)
+    state = rule.init_state(N, dtype=dtype)
+    assert all(v.shape[-1] == N and v.dtype == dtype and (v == 0).all() for v in state.values())
+    updates, new_state = run(rule, theta, grads)
+    assert updates.shape == (STEPS, N) and updates.dtype == dtype
+    assert new_state.keys() == state.keys()
+    assert all(new_state[n].shape == v.shape and new_state[n].dtype == dtype for n, v in state.items())
+    if "step" in new_state:
+        assert (new_state["step"] == STEPS).all()
+    back = rule.backward(theta, grads, torch.zeros(N, dtype=dtype), state, grads)
+    assert back.keys() == theta.keys()
+    assert all(back[n].shape == v.shape and back[n].dtype == dtype for n, v in theta.items())
+    rows = sum(v.numel() // N for n, v in state.items() if n != "step")
+    assert rule.rows_per_coordinate == rows
+
+
+def test_fresh_theta(rule):
+    a, b = (rule.init_theta(torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(v.dtype == torch.float32 and v.device.type == "cpu" and not v.requires_grad for v in a.values())
+    assert all(torch.equal(v, b[n]) for n, v in a.items())
+    assert all(torch.isfinite(v).all() for v in a.values())
+    if rule.kind == "lstm":
+        c = rule.init_theta(torch.Generator().manual_seed(4))
+        assert not torch.equal(a["lstm.0.weight"], c["lstm.0.weight"])
+
+
+def test_float32_is_close_to_float64(rule):
+    theta, grads = theta_of(rule), grads_of(num_steps=20)
+    exact, state = run(rule, theta, grads)
+    rounded, rounded_state = run(rule, {n: v.float() for n, v in theta.items()}, grads.float())
+    torch.testing.assert_close(rounded.double(), exact, rtol=1e-3, atol=1e-5 * float(exact.abs().max()))
+    for name, value in state.items():
+        close = dict(rtol=1e-3, atol=1e-5 * float(value.abs().max()))
+        torch.testing.assert_close(rounded_state[name].double(), value, **close)
+
+
+def test_finite_for_gradients_of_any_size(rule):
+    theta = {n: v.to(torch.float32) for n, v in rule.init_theta(torch.Generator().manual_seed(0)).items()}
+    sizes = torch.logspace(-30, 18, 49, dtype=torch.float64).float()
+    generator = torch.Generator().manual_seed(1)
+    steady = torch.randn(30, 49, generator=generator) * sizes
+    jumping = torch.stack([steady[t].roll(7 * t) for t in range(30)])  # each coordinate sees every size
+    falling = torch.stack([sizes.flip(0).roll(-t) for t in range(30)])
+    for grads in (steady, -steady.abs(), jumping, falling):
+        grads = grads.clamp(-1e18, 1e18)
+        updates, state = run(rule, theta, grads)
+        assert torch.isfinite(updates).all()
+        assert all(torch.isfinite(v).all() for v in state.values())
+        loss_grads = torch.randn(30, 49, generator=generator)
+        back = rule.backward(theta, grads, torch.zeros(49), rule.init_state(49), loss_grads)
+        assert all(torch.isfinite(v).all() for v in back.values())
+        if rule.kind != "sgd" and "learning_rate" not in theta:
+            bound = rule.settings().get("output_scale", rule.settings().get("lr", 1e-3))
+            if rule.settings().get("output_tanh", rule.kind == "adam"):
+                # tanh, and Adam's ratio, which a sudden jump takes to (1 − β₁)/√(1 − β₂) at most.
+                assert updates.abs().max() <= bound * (1 if rule.kind == "lstm" else 3.2) * (1 + 1e-6)
+
+
+def test_vmap_over_theta(rule):
+    thetas = [theta_of(rule, seed=s) for s in range(3)]
+    grads, params = grads_of(), torch.zeros(N, dtype=torch.float64)
+    _, state = run(rule, thetas[0], grads)
+    stacked = {n: torch.stack([theta[n] for theta in thetas]) for n in thetas[0]}
+    updates, states = torch.func.vmap(rule.update, in_dims=(0, None, None, None))(stacked, grads[0], params, state)
+    for i, theta in enumerate(thetas):
+        want, want_state = rule.update(theta, grads[0], params, state)
+        torch.testing.assert_close(updates[i], want, rtol=1e-12, atol=1e-14)
+        for name, value in want_state.items():
+            torch.testing.assert_close(states[name][i], value, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(updates[0], updates[1])
+
+
+def test_backward_equals_autograd(rule):
+    theta, grads, loss_grads = theta_of(rule), grads_of(), grads_of(seed=5)
+    grads[:, 2] = 0.0  # never moves
+    grads[:3, 5] = 0.0  # moves late
+    _, state = run(rule, theta, grads_of(seed=9))
+    for begin in (rule.init_state(N, dtype=torch.float64), state):
+        params = torch.linspace(-1, 1, N, dtype=torch.float64)
+        got = rule.backward(theta, grads, params, begin, loss_grads)
+        want = UpdateRule.backward(rule, theta, grads, params, begin, loss_grads)
+        for name, value in want.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-11 * float(value.abs().max()))
+            assert value.abs().max() > 0
+
+
+def test_backward_equals_finite_differences(rule):
+    theta, grads, loss_grads = theta_of(rule), grads_of(), grads_of(seed=5)
+    _, state = run(rule, theta, grads_of(seed=9))
+    params = torch.linspace(-1, 1, N, dtype=torch.float64)
+
+    def value(theta):
+        updates, _ = run(rule, theta, grads, state, params)
+        return float(((params + updates.cumsum(0)) * loss_grads).sum())
+
+    got = rule.backward(theta, grads, params, state, loss_grads)
+    generator = torch.Generator().manual_seed(7)
+    for name, tensor in theta.items():
+        for index in torch.randperm(tensor.numel(), generator=generator)[:4].tolist():
+            shift = torch.zeros(tensor.numel(), dtype=torch.float64)
+            shift[index] = 1e-6
+            shift = shift.view(tensor.shape)
+            slope = value({**theta, name: tensor + shift}) - value({**theta, name: tensor - shift})
+            want, scale = slope / 2e-6, float(got[name].abs().max())
+            assert float(got[name].reshape(-1)[index]) == pytest.approx(want, rel=1e-5, abs=1e-5 * scale + 1e-7)
+
+
+def test_settings_rebuild_the_rule(rule):
+    again = rules.get(rule.kind, **rule.settings())
+    assert again.settings() == rule.settings() and type(again) is type(rule)
+    plain = (str, int, float, bool)
+    assert all(type(value) in plain for value in rule.settings().values())
+
+
+# --- what each rule claims to be ---
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"lr": 0.1, "beta1": 0.5, "beta2": 0.9, "eps": 1e-4}], ids=["plain", "other"])
+def test_adam_is_torch_adam(dtype, tolerance, settings):
+    rule = rules.get("adam", **settings)
+    theta = {n: v.to(dtype) for n, v in rule.init_theta(torch.Generator()).items()}
+    exact = {n: v.double() for n, v in theta.items()}
+    betas = [1 - float(exact[f"log_one_minus_beta{i}"].exp()) for i in (1, 2)]
+    config = rule.settings()
+    assert float(exact["log_lr"].exp()) == pytest.approx(config["lr"], rel=1e-6)
+    assert betas == pytest.approx([config["beta1"], config["beta2"]], rel=1e-6)
+    grads = grads_of(num_steps=200)
+    leaf = torch.zeros(N, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([leaf], lr=float(exact["log_lr"].exp()), betas=tuple(betas), eps=config["eps"])
+    state, params = rule.init_state(N, dtype=dtype), torch.zeros(N, dtype=dtype)
+    for grad in grads:
+        leaf.grad = grad.clone()
+        before = leaf.detach().clone()
+        optimizer.step()
+        update, state = rule.update(theta, grad.to(dtype), params, state)
+        params = params + update
+        size = float((leaf.detach() - before).abs().max())
+        torch.testing.assert_close(update.double(), leaf.detach() - before, rtol=tolerance, atol=10 * tolerance * size)
+    size = float(leaf.detach().abs().max())
+    torch.testing.assert_close(params.double(), leaf.detach(), rtol=tolerance, atol=10 * tolerance * size)
+    kept = optimizer.state[leaf]
+    for name, want in (("m", kept["exp_avg"]), ("v", kept["exp_avg_sq"])):
+        close = dict(rtol=10 * tolerance, atol=10 * tolerance * float(want.abs().max()))
+        torch.testing.assert_close(state[name].double(), want, **close)
+    assert (state["step"] == 200).all()
+
+
+def numpy_features(config, grads):
+    """[steps, 2, n], from the formulas of the two papers."""
+    g = grads.numpy()
+    out = []
+    if config["inputs"] == "log_and_sign":
+        p = config["log_range"]
+        with np.errstate(divide="ignore"):
+            large = np.abs(g) >= np.exp(-p)
+            return np.stack(
+                [np.where(large, np.log(np.abs(g)) / p, -1.0), np.where(large, np.sign(g), np.exp(p) * g)], 1
+            )
+    beta, eps = config["beta"], config["eps"]
+    for t in range(1, len(g) + 1):
+        # Averages as weighted sums over the past, not as recursions.
+        weights = (1 - beta) * beta ** np.arange(t - 1, -1, -1, dtype=np.float64)[:, None]
+        m = (weights * g[:t]).sum(0) / (1 - beta**t)
+        v = (weights * g[:t] ** 2).sum(0) / (1 - beta**t)
+        out.append(np.stack([g[t - 1], m]) / (np.sqrt(v) + eps))
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if make(v).kind == "lstm"])
+def test_lstm_is_torch_lstm_cell(variant):
+    rule = make(variant)
+    config, theta, grads = rule.settings(), theta_of(rule), grads_of()
+    updates, state = run(rule, theta, grads)
+    size, layers = config["hidden_size"], config["num_layers"]
+    # Ours holds input, forget, output, candidate; torch holds input, forget, candidate, output.
+    order = torch.cat([torch.arange(2 * size), torch.arange(3 * size, 4 * size), torch.arange(2 * size, 3 * size)])
+    cells = []
+    for layer in range(layers):
+        weight, bias = theta[f"lstm.{layer}.weight"][order], theta[f"lstm.{layer}.bias"][order]
+        width = weight.shape[1] - size
+        cell = torch.nn.LSTMCell(width, size, dtype=torch.float64)
+        with torch.no_grad():
+            cell.weight_ih.copy_(weight[:, :width])
+            cell.weight_hh.copy_(weight[:, width:])
+            cell.bias_ih.copy_(bias)
+            cell.bias_hh.zero_()
+        cells.append(cell)
+    hidden = [(torch.zeros(N, size, dtype=torch.float64),) * 2 for _ in range(layers)]
+    for t, features in enumerate(torch.from_numpy(numpy_features(config, grads))):
+        x = features.T
+        if config["dense_units"]:
+            x = x @ theta["dense.weight"].T + theta["dense.bias"]
+            x = torch.where(x > 0, x, x.exp() - 1)
+        with torch.no_grad():
+            for layer, cell in enumerate(cells):
+                hidden[layer] = cell(x, hidden[layer])
+                x = hidden[layer][0]
+        out = (x @ theta["output.weight"].T + theta["output.bias"])[:, 0]
+        want = config["output_scale"] * (out.tanh() if config["output_tanh"] else out)
+        torch.testing.assert_close(updates[t], want, rtol=1e-9, atol=1e-13)
+    for layer in range(layers):
+        torch.testing.assert_close(state["hidden"][layer], hidden[layer][0].T, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(state["cell"][layer], hidden[layer][1].T, rtol=1e-9, atol=1e-13)
+
+
+def test_fresh_lstm_forgets_little_and_says_little():
+    theta = rules.get("rnnprop").init_theta(torch.Generator().manual_seed(0))
+    assert theta["lstm.0.bias"].tolist() == [0.0] * 20 + [1.0] * 20 + [0.0] * 40
+    assert theta["lstm.0.weight"].abs().max() <= 20**-0.5
+    assert theta["output.weight"].abs().max() <= 20**-0.5 / 10
+    assert theta["lstm.1.weight"].std() == pytest.approx(20**-0.5 / 3**0.5, rel=0.05)  # of a uniform distribution
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.95])
+def test_normalized_equals_its_formula(beta):
+    grads = grads_of(num_steps=12)
+    state = {name: torch.zeros(N, dtype=torch.float64) for name in ("m", "v", "step")}
+    want = numpy_features({"inputs": "normalized", "beta": beta, "eps": 1e-10}, grads)
+    for t, grad in enumerate(grads):
+        inputs, state, active = normalized(grad, state, beta, 1e-10)
+        np.testing.assert_allclose(inputs.numpy(), want[t], rtol=1e-10)
+        assert active.all()
+    # At the first step both inputs are the sign of the gradient.
+    np.testing.assert_allclose(want[0], np.sign(grads[:1].numpy()).repeat(2, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1.0, 10.0])
+def test_log_and_sign_equals_its_formula(p):
+    edge = math.exp(-p)
+    grads = torch.tensor([0.0, edge, -edge, edge * 0.999, -edge / 2, 1.0, -1.0, 1e-30, 1e30], dtype=torch.float64)
+    inputs, active = log_and_sign(grads, p)
+    want = numpy_features({"inputs": "log_and_sign", "log_range": p}, grads[None])[0]
+    np.testing.assert_allclose(inputs.numpy(), want, rtol=1e-12, atol=1e-15)
+    assert active.tolist() == [False] + [True] * 8
+    assert (inputs[0] >= -1 - 1e-12).all() and inputs[1].abs().max() <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e3, 1e8])
+@pytest.mark.parametrize("name", ["compact", "rnnprop"])
+def test_normalized_inputs_do_not_see_the_scale(name, scale):
+    rule = rules.get(name)
+    theta, grads = theta_of(rule), grads_of()
+    updates, state = run(rule, theta, grads)
+    scaled, scaled_state = run(rule, theta, grads * scale)
+    # Up to ε = 1e-10 against the smallest gradient, some 1e-8.
+    torch.testing.assert_close(scaled, updates, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(scaled[:, 4:], updates[:, 4:], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(scaled_state["v"], state["v"] * scale**2, rtol=1e-12, atol=0)
+
+
+# --- names and settings ---
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "text"),
+    [
+        ("compct", {}, "unknown update rule 'compct'; did you mean compact?"),
+        ("Adam", {}, "unknown update rule 'Adam'; did you mean adam"),
+        ("lstmm", {}, "unknown update rule 'lstmm'; did you mean lstm?"),
+        ("velo4", {}, "unknown update rule 'velo4'; choose from adam, compact, l2l, lstm"),
+        ("compact", {"hidden": 4}, "rule 'compact' has no setting 'hidden'; it has inputs, beta, eps"),
+        ("compact", {"inputs": "raw"}, "inputs must be one of normalized, log_and_sign; got 'raw'"),
+        ("compact", {"beta": 1.0}, r"beta must lie in \[0, 1\); got 1.0"),
+        ("compact", {"beta": -0.1}, r"beta must lie in \[0, 1\); got -0.1"),
+        ("compact", {"beta": math.nan}, r"beta must lie in \[0, 1\); got nan"),
+        ("compact", {"eps": 0.0}, "eps must be positive; got 0.0"),
+        ("l2l", {"log_range": -1.0}, "log_range must be positive; got -1.0"),
+        ("compact", {"output_scale": 0.0}, "output_scale must be positive; got 0.0"),
+        ("compact", {"output_scale": math.nan}, "output_scale must be positive; got nan"),
+        ("compact", {"dense_units": -1}, "dense_units must be at least 0; got -1"),
+        ("compact", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
+        ("compact", {"hidden_size": 0}, "hidden_size must be at least 1; got 0"),
+        ("adam", {"lr": 0.0}, "lr must be positive; got 0.0"),
+        ("adam", {"lr": math.nan}, "lr must be positive; got nan"),
+        ("adam", {"beta1": 1.0}, "beta1 must lie strictly between 0 and 1; got 1.0"),
+        ("adam", {"beta2": 0.0}, "beta2 must lie strictly between 0 and 1; got 0.0"),
+        ("adam", {"eps": -1e-8}, "eps must be non-negative; got -1e-08"),
+        ("sgd", {"lr": -1.0}, "lr must be positive; got -1.0"),
+        # What a YAML file can hold by mistake.
+        ("adam", {"lr": "fast"}, "lr of rule 'adam' must be a number; got 'fast'"),
+        ("compact", {"hidden_size": 8.5}, "hidden_size of rule 'compact' must be an integer; got 8.5"),
+        ("compact", {"hidden_size": "8"}, "hidden_size of rule 'compact' must be an integer; got '8'"),
+        ("compact", {"output_tanh": "yes"}, "output_tanh of rule 'compact' must be true or false; got 'yes'"),
+        ("compact", {"num_layers": True}, "num_layers of rule 'compact' must be an integer; got True"),
+        ("compact", {"inputs": 3}, "inputs of rule 'compact' must be a string; got 3"),
+        ("compact", {"eps": None}, "eps of rule 'compact' must be a number; got None"),
+    ],
+)
+def test_bad_settings(name, settings, text):
+    with pytest.raises(ValueError, match=text):
+        rules.get(name, **settings)
+
+
+def test_settings_override_the_named_ones():
+    assert rules.get("rnnprop").settings()["dense_units"] == 20
+    got = rules.get("rnnprop", hidden_size=4, output_scale=1).settings()
+    assert (got["hidden_size"], got["dense_units"], got["output_scale"]) == (4, 20, 1)
+    assert rules.get("lstm").settings() == rules.get("compact").settings()
+
+
+def test_slice_coordinates_passes_shared_counts_whole():
+    tensors = {"a": torch.arange(12.0).view(2, 6), "step": torch.tensor([4.0])}
+    got = slice_coordinates(tensors, 2, 5)
+    assert got["a"].tolist() == [[2, 3, 4], [8, 9, 10]] and got["step"].tolist() == [4]
