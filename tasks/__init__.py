@@ -13,11 +13,18 @@ import difflib
 from typing import Any, cast
 
 from learned_opt.task import TaskFamily
+from tasks.analytic import Ackley, Plateau, Rastrigin, Rosenbrock, Saddle
 from tasks.augment import ConvexMixing, GradientNoise, LossScaling, Reparametrized, SmallerBatches
 from tasks.data.grouped import GroupedData
+from tasks.image_autoencoder import ImageAutoencoder
+from tasks.image_conv import ImageConv
 from tasks.image_mlp import ImageMLP
+from tasks.linear import Lasso, LogisticRegression, MatrixFactorization, SpectrumQuadratic
 from tasks.module import ModuleFamily
 from tasks.quadratic import Quadratic
+from tasks.sinusoid import Sinusoid
+from tasks.tabular import Tabular
+from tasks.text import CharRNN, CharTransformer
 
 __all__ = ["FAMILIES", "GroupedData", "ModuleFamily", "get"]
 
@@ -25,7 +32,22 @@ FAMILIES: dict[str, type[TaskFamily]] = {
     family.name: family
     for family in (
         Quadratic,
+        SpectrumQuadratic,
+        Rosenbrock,
+        Ackley,
+        Rastrigin,
+        Saddle,
+        Plateau,
+        Lasso,
+        MatrixFactorization,
+        LogisticRegression,
+        Tabular,
         ImageMLP,
+        ImageConv,
+        ImageAutoencoder,
+        CharRNN,
+        CharTransformer,
+        Sinusoid,
         Reparametrized,
         LossScaling,
         GradientNoise,

@@ -205,7 +205,8 @@ class ModuleFamily(TaskFamily):
         if fewest < 2 or self.batch_size < 2:
             raise ValueError(
                 "module has batch normalization, which here uses the statistics of the rows at hand: batch_size and "
-                f"every group's held-out rows must be at least 2; got {self.batch_size} and {fewest}. Raise batch_size or "
+                f"every group's held-out rows must be at least 2; got {self.batch_size} and {fewest}. Raise "
+                "batch_size or "
                 "test_share, or use nn.LayerNorm"
             )
 

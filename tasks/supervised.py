@@ -64,8 +64,12 @@ class SupervisedFamily(TaskFamily):
             raise ValueError(f"label_noise needs integer targets, which {self.describe()} has not; set it to 0")
         return rows.ranges[check_split(split)].as_task()
 
+    def draw_rows(self, task: Tensors, num_steps: int, generator: torch.Generator) -> torch.Tensor:
+        """The row numbers [num_steps, batch_size] of mini-batches."""
+        return draw_rows(task, num_steps, self.batch_size, generator)
+
     def sample_batches(self, task: Tensors, num_steps: int, generator: torch.Generator) -> Tensors:
-        rows = draw_rows(task, num_steps, self.batch_size, generator)
+        rows = self.draw_rows(task, num_steps, generator)
         if not self.label_noise:
             return {"rows": rows}
         _, targets, _ = self.load()
@@ -77,7 +81,9 @@ class SupervisedFamily(TaskFamily):
         """The mean loss over rows."""
         if targets.is_floating_point():
             return F.mse_loss(outputs, targets)
-        return F.cross_entropy(outputs, targets)
+        # Cross-entropy as logsumexp minus the target's score: the same number, and batched over tasks several times faster than
+        # F.cross_entropy, whose log-softmax and masked mean are separate passes.
+        return (outputs.logsumexp(-1) - outputs.gather(-1, targets[:, None])[:, 0]).mean()
 
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
         targets = batch["targets"] if "targets" in batch else task["targets"][batch["rows"]]

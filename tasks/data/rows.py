@@ -27,6 +27,16 @@ class RowRange:
     num_train: int
     num_test: int
 
+    @property
+    def train(self) -> slice:
+        """The rows to train on."""
+        return slice(self.first, self.first + self.num_train)
+
+    @property
+    def test(self) -> slice:
+        """The rows held out."""
+        return slice(self.first + self.num_train, self.first + self.num_train + self.num_test)
+
     def as_task(self) -> Tensors:
         """The task constants that `draw_rows` and `test_rows` read."""
         return {"first_row": torch.tensor(self.first), "num_rows": torch.tensor(self.num_train)}
