@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-NORMALIZATIONS = ("log", "ratio", "none")
+NORMALIZATIONS = ("log", "ratio", "none", "log_mean")
 AVERAGES = ("mean", "final")
 
 
@@ -23,9 +23,11 @@ class MetaLoss:
     Attributes:
         normalization: "log" is log(f/f₀), which asks for the same relative progress at every scale of the loss; "ratio"
             is f/f₀; "none" is f itself. "log" and "ratio" are for losses bounded below by zero: log(f/f₀) is floored at
-            f/f₀ = `floor`.
+            f/f₀ = `floor`. "log_mean" is the logarithm of the mean of f over particles, step by step: it lowers the mean
+            over tasks, which a few hard ones make up, at every stage of the unroll alike. It is for tasks of one scale whose
+            particles restart together (`HorizonSchedule.random_offsets` off), and needs an estimator that differentiates.
         average: "mean" over the steps of the truncation, or its "final" step alone.
-        clip: f/f₀ above this counts as this (its gradient is zero); "none" clips f itself relative to max(|f₀|, 1).
+        clip: f/f₀ above this counts as this (its gradient is zero); "none" and "log_mean" clip f itself relative to max(|f₀|, 1).
         floor: smallest f/f₀ told apart by "log".
     """
 
@@ -46,15 +48,30 @@ class MetaLoss:
             raise ValueError(f"floor must lie strictly between 0 and 1; got {self.floor}")
 
     def normalize(self, losses: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-        """Normalized losses, of the broadcast shape of `losses` and `initial` (the losses at step 0, non-zero)."""
+        """Normalized losses, of the broadcast shape of `losses` and `initial` (the losses at step 0, non-zero).
+
+        With "log_mean" the last dimension, particles, has become 1.
+        """
+        if self.normalization == "log_mean":
+            return self._clipped(losses, initial).mean(-1, keepdim=True).clamp_min(torch.finfo(losses.dtype).tiny).log()
         if self.normalization == "none":
-            bound = self.clip * initial.abs().clamp_min(1)
-            return torch.minimum(losses, bound)
+            return self._clipped(losses, initial)
         ratio = (losses / initial.abs().clamp_min(torch.finfo(losses.dtype).tiny)).clamp_max(self.clip)
         return ratio.clamp_min(self.floor).log() if self.normalization == "log" else ratio
 
+    def _clipped(self, losses: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(losses, self.clip * initial.abs().clamp_min(1))
+
     def per_particle(self, losses: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-        """Meta-losses [..., particles] from losses [..., steps, particles] and initial losses that broadcast."""
+        """Meta-losses [..., particles] from losses [..., steps, particles] and initial losses that broadcast.
+
+        Raises:
+            ValueError: the normalization is "log_mean", which has no value per particle.
+        """
+        if self.normalization == "log_mean":
+            raise ValueError(
+                "normalization 'log_mean' has no value per particle, which this estimator needs; choose log, ratio or none"
+            )
         values = self.normalize(losses, initial)
         return values[..., -1, :] if self.average == "final" else values.mean(-2)
 
@@ -67,6 +84,13 @@ class MetaLoss:
                 to.
             valid: [particles] mask; the values of the others may be non-finite.
         """
+        if self.normalization == "log_mean":
+            if valid is not None:
+                if not valid.any():
+                    return losses.new_zeros(()) * losses.nan_to_num().sum()
+                losses, initial = losses[:, valid], initial.expand_as(losses)[:, valid]
+            values = self.normalize(losses, initial)
+            return values[-1].mean() if self.average == "final" else values.mean()
         if valid is None:
             return self.per_particle(losses, initial).mean()
         losses = torch.where(valid, losses, 1.0)
@@ -85,5 +109,5 @@ class MetaLoss:
 
     def num_clipped(self, losses: torch.Tensor, initial: torch.Tensor) -> int:
         """How many losses are above the clip or not finite."""
-        bound = self.clip * (initial.abs().clamp_min(1) if self.normalization == "none" else initial.abs())
+        bound = self.clip * (initial.abs().clamp_min(1) if self.normalization in ("none", "log_mean") else initial.abs())
         return int((~(losses <= bound)).sum())

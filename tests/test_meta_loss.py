@@ -131,7 +131,7 @@ def test_num_clipped():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"normalization": "logs"}, "normalization must be one of log, ratio, none; got 'logs'"),
+        ({"normalization": "logs"}, "normalization must be one of log, ratio, none, log_mean; got 'logs'"),
         ({"average": "sum"}, "average must be one of mean, final; got 'sum'"),
         ({"clip": 1.0}, "clip must be greater than 1; got 1.0"),
         ({"clip": math.nan}, "clip must be greater than 1; got nan"),
@@ -143,3 +143,25 @@ def test_num_clipped():
 def test_bad_settings(settings, text):
     with pytest.raises(ValueError, match=text):
         MetaLoss(**settings)
+
+
+@pytest.mark.parametrize(
+    ("average", "want"), [("mean", mean([math.log(5.5), math.log(2.0), math.log(15.25)])), ("final", math.log(15.25))]
+)
+def test_log_mean_is_the_log_of_the_mean_over_particles_at_each_step(average, want):
+    meta_loss = MetaLoss(normalization="log_mean", average=average)
+    assert float(meta_loss(LOSSES, INITIAL)) == pytest.approx(want, rel=1e-14)
+    spoilt = torch.cat([LOSSES, torch.full((3, 1), math.nan, dtype=torch.float64)], dim=1)
+    initial = torch.cat([INITIAL, INITIAL[:1]])
+    valid = torch.tensor([True, True, False])
+    value, weights = meta_loss.weights(spoilt, initial, valid)
+    assert float(value) == pytest.approx(want, rel=1e-14)
+    steps = [0, 1, 2] if average == "mean" else [2]
+    for step in range(3):
+        share = 1 / (len(steps) * float(LOSSES[step].sum())) if step in steps else 0.0
+        torch.testing.assert_close(weights[step], torch.tensor([share, share, 0.0], dtype=torch.float64))
+
+
+def test_log_mean_has_no_value_per_particle():
+    with pytest.raises(ValueError, match="'log_mean' has no value per particle.*choose log, ratio or none"):
+        MetaLoss(normalization="log_mean").per_particle(LOSSES, INITIAL)
