@@ -7,6 +7,7 @@ from typing import Any
 
 from learned_opt.estimators.backprop import TruncatedBackprop
 from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.estimators.comparison import Comparison, compare
 from learned_opt.estimators.es import TruncatedES
 from learned_opt.estimators.imitation import Imitation
 from learned_opt.estimators.mix import InverseVarianceMix
@@ -18,6 +19,7 @@ __all__ = [
     "ESTIMATORS",
     "NRES",
     "PES",
+    "Comparison",
     "Estimate",
     "Estimator",
     "Imitation",
@@ -25,6 +27,7 @@ __all__ = [
     "TruncatedBackprop",
     "TruncatedES",
     "Workload",
+    "compare",
     "get",
 ]
 
