@@ -1,28 +1,43 @@
-"""Running an update rule over parameter tensors: from tensors to rows of coordinates and back, chunk by chunk.
+"""Running an update rule over parameter tensors: from tensors to coordinates and back, chunk by chunk.
 
 A rule works on coordinates, and holds its state coordinates last. An optimizer's state must be one tensor of the
 parameter's shape per row of the rule's state, so that every checkpoint and sharding tool can handle it. Here the two
-meet: a chunk is a stretch of coordinates, from one large tensor or from many small ones; its rows are gathered into one
-block, the rule runs on it, and what is new is written back. Temporaries are bounded by the chunk, whatever the size of
-the tensors.
+meet: a `Block` is a matrix [rows, coordinates] that holds the state of one large tensor or of many small ones, and the
+optimizer's state tensors are views of its rows. The rule runs over a block's columns in chunks, in place. Temporaries
+are bounded by the chunk, whatever the size of the tensors.
+
+Blocks are a cache and nothing else: state that somebody replaced (loading, moving between devices, copying) is
+recognized by its address and packed again, and `unpack` makes separate tensors of the views before anyone saves them,
+since a pickled view would carry its whole block along.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any
 
 import torch
 
+from learned_opt import workers
 from learned_opt.rules.base import UpdateRule
+from learned_opt.rules.inplace import Scratch, update_
 from learned_opt.task import Tensors
 
 STEP = "step"
+_CACHE_NUMBERS = 2**18
+"""Numbers that may be in use at once by a chunk: state and gates of a 2x20 LSTM for 1,600 coordinates."""
+
+
+def default_chunk_size(num_rows: int) -> int:
+    """Coordinates per chunk that keep the temporaries of a rule with so many rows of state in a core's cache."""
+    return min(max(_CACHE_NUMBERS // (2 * num_rows + 1) // 256 * 256, 1024), 8192)
 
 
 class StateLayout:
-    """The rows of a rule's state: how many, what each is called, and where they belong in the rule's own tensors.
+    """The rows of a rule's state: what each is called, and where it belongs in the rule's own tensors.
 
     Attributes:
         keys: a name for each row, such as "hidden.0.3" for hidden[0, 3] or "m" for m.
@@ -33,7 +48,7 @@ class StateLayout:
         example = rule.init_state(1)
         self.has_step = STEP in example
         self.keys: list[str] = []
-        self._blocks: list[tuple[str, int, int, tuple[int, ...]]] = []
+        self._parts: list[tuple[str, int, int, tuple[int, ...]]] = []
         for name, value in example.items():
             if name == STEP:
                 continue
@@ -41,17 +56,96 @@ class StateLayout:
             start = len(self.keys)
             indices = itertools.product(*(range(size) for size in lead))
             self.keys += [".".join([name, *map(str, index)]) for index in indices]
-            self._blocks.append((name, start, len(self.keys), lead))
+            self._parts.append((name, start, len(self.keys), lead))
 
     def to_rule(self, rows: torch.Tensor, step: torch.Tensor | None) -> Tensors:
-        """The rule's state from its rows [num_rows, n] (views of them) and its step count [1] or [n]."""
+        """The rule's state from its rows [num_rows, n], as views, and its step count [1] or [n]."""
         n = rows.shape[1]
-        state = {name: rows[start:stop].view(*lead, n) for name, start, stop, lead in self._blocks}
+        state = {name: rows[start:stop].view(*lead, n) for name, start, stop, lead in self._parts}
         return state if step is None else {**state, STEP: step}
 
-    def from_rule(self, state: Tensors) -> list[torch.Tensor]:
-        """Blocks of rows [num_rows_of_block, n] that make up the new state, in order."""
-        return [state[name].reshape(stop - start, -1) for name, start, stop, _ in self._blocks]
+    def from_rule(self, state: Tensors, num_coordinates: int) -> torch.Tensor:
+        """The rows [num_rows, n] of a rule's state, copied."""
+        if not self._parts:
+            return torch.empty(0, num_coordinates)
+        return torch.cat([state[name].reshape(stop - start, -1) for name, start, stop, _ in self._parts])
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor (DTensor), or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _as_sharded(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A DTensor around this process's part where `like` is one; else the part itself."""
+    if not hasattr(like, "to_local"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+class Block:
+    """The packed state of some parameters: a matrix [rows, coordinates], of which their state tensors are views."""
+
+    def __init__(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
+        self.params = [weakref.ref(param) for param in params]
+        self.sizes = [local(param).numel() for param in params]
+        parts = [[local(state[key]) for key in keys] for state in states]
+        first = parts[0][0] if keys else local(params[0])
+        self.rows = torch.empty(len(keys), sum(self.sizes), dtype=first.dtype, device=first.device)
+        for state, old, columns in zip(states, parts, self.rows.split(self.sizes, 1)):
+            for key, part, row in zip(keys, old, columns.unbind(0)):
+                state[key] = _as_sharded(row.view(part.shape).copy_(part), state[key])
+        self._addresses = [self._addresses_of(state, keys) for state in states]
+
+    @staticmethod
+    def _addresses_of(state: dict[str, Any], keys: Sequence[str]) -> list[int]:
+        return [local(state[key]).data_ptr() for key in keys]
+
+    def holds(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], keys: Sequence[str]) -> bool:
+        """Whether these parameters' state tensors are still the views of this block that they were made."""
+        return all(ref() is param for ref, param in zip(self.params, params)) and all(
+            self._addresses_of(state, keys) == addresses for state, addresses in zip(states, self._addresses)
+        )
+
+
+class Blocks:
+    """The blocks of an optimizer, kept from step to step."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[int, ...], Block] = {}
+
+    def of(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], keys: Sequence[str]) -> Block:
+        """The block of these parameters; packs their state where it is not yet, or no longer."""
+        name = tuple(map(id, params))
+        block = self._blocks.get(name)
+        if block is None or not block.holds(params, states, keys):
+            mine = set(name)
+            self._blocks = {
+                other: kept
+                for other, kept in self._blocks.items()
+                if mine.isdisjoint(other) and all(ref() is not None for ref in kept.params)
+            }
+            block = self._blocks[name] = Block(params, states, keys)
+        return block
+
+    def unpack(self, state: MutableMapping[Any, dict[str, Any]]) -> None:
+        """Give every state tensor memory of its own, and forget the blocks."""
+        for block in self._blocks.values():
+            for ref in block.params:
+                param = ref()
+                if param is None or param not in state:
+                    continue
+                for key, value in state[param].items():
+                    if isinstance(value, torch.Tensor) and local(value).untyped_storage().data_ptr() == (
+                        block.rows.untyped_storage().data_ptr()
+                    ):
+                        state[param][key] = value.clone(memory_format=torch.contiguous_format)
+        self._blocks = {}
 
 
 @dataclasses.dataclass
@@ -59,20 +153,18 @@ class Entry:
     """One parameter in a step, this process's part of it where it is sharded.
 
     Attributes:
+        key: the parameter itself.
         param: flat, [n]; written in place.
         grad: flat, [n].
-        rows: the state, each flat [n]; written in place.
+        state: the optimizer's state of the parameter.
         step: how many steps the parameter has had before this one.
     """
 
+    key: torch.Tensor
     param: torch.Tensor
     grad: torch.Tensor
-    rows: list[torch.Tensor]
+    state: dict[str, Any]
     step: float
-
-
-Piece = tuple[Entry, int, int]
-"""Coordinates start … stop − 1 of an entry."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,61 +182,105 @@ class Rates:
     maximize: bool
 
 
-def chunks(entries: Sequence[Entry], chunk_size: int) -> Iterator[list[Piece]]:
-    """All coordinates of the entries, in chunks of at most `chunk_size`; small tensors share one."""
-    chunk: list[Piece] = []
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Consecutive columns of a block, and the pieces of parameters and gradients that they belong to.
+
+    Attributes:
+        rows: state [num_rows, n], a view.
+        params, grads: flat pieces, n coordinates in all.
+        steps: step count of each piece.
+    """
+
+    rows: torch.Tensor
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    steps: list[float]
+
+
+def plan(entries: Sequence[Entry], chunk_size: int) -> Iterator[list[Entry]]:
+    """Which entries share a block: a large one has its own, small ones share up to `chunk_size` coordinates."""
+    shared: list[Entry] = []
     room = chunk_size
     for entry in entries:
-        start, size = 0, entry.param.numel()
-        while start < size:
-            stop = min(start + room, size)
-            chunk.append((entry, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield chunk
-                chunk, room = [], chunk_size
-    if chunk:
-        yield chunk
+        size = entry.param.numel()
+        if 2 * size > chunk_size:
+            yield [entry]
+            continue
+        if size > room:
+            yield shared
+            shared, room = [], chunk_size
+        shared.append(entry)
+        room -= size
+    if shared:
+        yield shared
 
 
-def gather(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def chunks(entries: Sequence[Entry], blocks: Blocks, keys: Sequence[str], chunk_size: int) -> Iterator[Chunk]:
+    """The coordinates of the entries, at most `chunk_size` at a time."""
+    for members in plan(entries, chunk_size):
+        block = blocks.of([e.key for e in members], [e.state for e in members], keys)
+        if len(members) > 1 or members[0].param.numel() <= chunk_size:
+            yield Chunk(block.rows, [e.param for e in members], [e.grad for e in members], [e.step for e in members])
+            continue
+        (entry,) = members
+        cut = (block.rows.split(chunk_size, 1), entry.param.split(chunk_size), entry.grad.split(chunk_size))
+        for rows, param, grad in zip(*cut):
+            yield Chunk(rows, [param], [grad], [entry.step])
+
+
+def _gather(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """One flat tensor of this dtype with the contents of all; where there is one tensor of this dtype, that one."""
-    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-    return joined.to(dtype)
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
 
 
-def step_chunk(
-    chunk: Sequence[Piece], rule: UpdateRule, layout: StateLayout, theta: Tensors, dtype: torch.dtype, rates: Rates
-) -> None:
-    """One step of the rule on a chunk: reads gradients, parameters and state, and writes the latter two."""
-    grads = gather([e.grad[a:b] for e, a, b in chunk], dtype)
-    params = gather([e.param[a:b] for e, a, b in chunk], dtype)
-    n = grads.shape[0]
-    rows = gather([e.rows[r][a:b] for r in range(len(layout.keys)) for e, a, b in chunk], dtype).view(-1, n)
-    update, new_state = rule.update(
-        theta, -grads if rates.maximize else grads, params, layout.to_rule(rows, _steps(chunk, layout, grads))
-    )
-    moved = (
-        torch.add(params, update, alpha=rates.lr)
-        if not rates.weight_decay
-        else (params * (1 - rates.lr * rates.weight_decay)).add_(update, alpha=rates.lr)
-    )
-    sizes = [b - a for _, a, b in chunk]
-    targets, sources = [e.param[a:b] for e, a, b in chunk], list(moved.split(sizes))
-    blocks = layout.from_rule(new_state)
-    for k, (e, a, b) in enumerate(chunk):
-        targets += [row[a:b] for row in e.rows]
-        for block in blocks:
-            sources += block.split(sizes, 1)[k].unbind(0) if len(sizes) > 1 else block.unbind(0)
-    torch._foreach_copy_(targets, sources)
+def stepper(
+    rule: UpdateRule, layout: StateLayout, theta: Tensors, dtype: torch.dtype, rates: Rates
+) -> Callable[[Chunk], None]:
+    """A function that takes one step of the rule on a chunk, computing in `dtype`; for one thread at a time."""
+    scratch: Scratch = {}
+
+    def step(chunk: Chunk) -> None:
+        grads, params = _gather(chunk.grads, dtype), _gather(chunk.params, dtype)
+        if rates.maximize:
+            grads = -grads
+        rows = chunk.rows.to(dtype)
+        state = layout.to_rule(rows, _step_counts(chunk, layout, grads))
+        update = update_(rule, theta, grads, params, state, scratch)
+        if rows is not chunk.rows:
+            chunk.rows.copy_(rows)
+        if len(chunk.params) == 1 and params is chunk.params[0]:
+            if rates.weight_decay:
+                params.mul_(1 - rates.lr * rates.weight_decay)
+            params.add_(update, alpha=rates.lr)
+            return
+        moved = torch.add(params * (1 - rates.lr * rates.weight_decay), update, alpha=rates.lr)
+        torch._foreach_copy_(chunk.params, list(moved.split([p.numel() for p in chunk.params])))
+
+    return step
 
 
-def _steps(chunk: Sequence[Piece], layout: StateLayout, like: torch.Tensor) -> torch.Tensor | None:
+def _step_counts(chunk: Chunk, layout: StateLayout, like: torch.Tensor) -> torch.Tensor | None:
     """The step counts of the chunk's coordinates: [1] where they agree, else [n]; None if the rule does not count."""
     if not layout.has_step:
         return None
-    first = chunk[0][0].step
-    if all(e.step == first for e, _, _ in chunk):
-        return like.new_full((1,), first)
-    return torch.cat([like.new_full((b - a,), e.step) for e, a, b in chunk])
+    if len(set(chunk.steps)) == 1:
+        return like.new_full((1,), chunk.steps[0])
+    return torch.cat([like.new_full((p.numel(),), s) for p, s in zip(chunk.params, chunk.steps)])
+
+
+def step_entries(
+    entries: Sequence[Entry],
+    blocks: Blocks,
+    rule: UpdateRule,
+    layout: StateLayout,
+    theta: Tensors,
+    dtype: torch.dtype,
+    rates: Rates,
+    chunk_size: int,
+) -> None:
+    """One step of the rule on the entries, which are on one device; on several threads where there is enough to do."""
+    work = list(chunks(entries, blocks, layout.keys, chunk_size))
+    on_cpu = entries[0].param.device.type == "cpu"
+    num_threads = min(torch.get_num_threads(), len(work)) if on_cpu else 1
+    workers.run(work, lambda: stepper(rule, layout, theta, dtype, rates), num_threads)

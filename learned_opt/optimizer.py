@@ -22,8 +22,7 @@ import torch
 
 from learned_opt import artifact as artifacts
 from learned_opt.artifact import Artifact
-from learned_opt.coordinates import STEP, Entry, Rates, StateLayout, chunks, step_chunk
-from learned_opt.rules.base import DEFAULT_CHUNK
+from learned_opt.coordinates import STEP, Blocks, Entry, Rates, StateLayout, default_chunk_size, local, step_entries
 from learned_opt.task import Tensors
 
 PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,7 +44,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             removes 1e-5 of a parameter per step, which is weight_decay=1e-5 here.
         maximize: climb the loss instead of descending it.
         state_dtype: how state is stored; by default float32 (float64 for float64 parameters). torch.bfloat16 halves it.
-        chunk_size: coordinates per call of the rule, which bounds the memory of temporaries.
+        chunk_size: coordinates per call of the rule, which bounds the memory of temporaries; None for as many as fit
+            into a core's cache.
 
     Raises:
         ValueError: an argument out of range, or weights that cannot be used.
@@ -61,13 +61,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
-        chunk_size: int = DEFAULT_CHUNK,
+        chunk_size: int | None = None,
     ) -> None:
         if state_dtype is not None and state_dtype not in STATE_DTYPES:
             names = ", ".join(map(str, STATE_DTYPES))
             raise ValueError(f"state_dtype must be None or one of {names}; got {state_dtype}")
-        if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size must be a whole number of coordinates, at least 1; got {chunk_size!r}")
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+            raise ValueError(f"chunk_size must be None or a number of coordinates, at least 1; got {chunk_size!r}")
         self.state_dtype = state_dtype
         self.chunk_size = chunk_size
         self.artifacts: dict[str, Artifact] = {}
@@ -79,6 +79,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _forget_caches(self) -> None:
         self._layouts: dict[str, StateLayout] = {}
         self._thetas: dict[str, Tensors] = {}
+        self._blocks = Blocks()
         self._incoming: dict[Any, Any] | None = None
 
     def _register(self, weights: Weights) -> str:
@@ -121,14 +122,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
-        for index, param in enumerate(params):
-            if param.dtype not in PARAM_DTYPES:
-                self.param_groups.pop()
-                names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
-                hint = "; pass torch.view_as_real of a complex parameter's data" if param.is_complex() else ""
-                raise ValueError(
-                    f"parameter {index} of the group is {param.dtype}; parameters must be one of {names}{hint}"
-                )
+        try:
+            for index, param in enumerate(params):
+                _check_param(param, index)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _init_group(
         self,
@@ -137,9 +136,15 @@ class LearnedOptimizer(torch.optim.Optimizer):
         grads: list[torch.Tensor],
         rows: list[torch.Tensor],
         steps: list[torch.Tensor],
+        unpack: bool,
     ) -> None:
-        """Collect the group's parameters that have a gradient, with their state, made on first sight."""
+        """Collect the group's parameters that have a gradient, with their state, made on first sight.
+
+        `torch.compile` runs this while it traces, and reads the lists; it needs tensors that share no memory.
+        """
         layout = self._layout(group)
+        if unpack:
+            self._blocks.unpack(self.state)
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -150,15 +155,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             params.append(param)
             grads.append(param.grad)
             rows.extend(state[key] for key in layout.keys)
-            if layout.has_step:
-                steps.append(state[STEP])
+            steps.append(state[STEP])
 
     def _init_state(self, state: dict[str, Any], layout: StateLayout, param: torch.Tensor) -> None:
         dtype = self._row_dtype(param)
         for key in layout.keys:
             state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
-        if layout.has_step:
-            state[STEP] = torch.zeros((), dtype=torch.float32)
+        state[STEP] = torch.zeros((), dtype=torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,9 +172,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Returns:
             What the closure returned; None without one.
-
-        Raises:
-            RuntimeError: a gradient of a layout that cannot be used; nothing has been changed then.
         """
         loss = None
         if closure is not None:
@@ -183,13 +183,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
             grads: list[torch.Tensor] = []
             rows: list[torch.Tensor] = []
             steps: list[torch.Tensor] = []
-            self._init_group(group, params, grads, rows, steps)
+            self._init_group(group, params, grads, rows, steps, torch.compiler.is_compiling())
             if torch.compiler.is_compiling():
                 self._step_traced(group, params, grads, rows, steps)
             else:
-                work.append((group, params, [dense(p, g) for p, g in zip(params, grads)], rows, steps))
-        for group, params, grads, rows, steps in work:
-            self._step_group(group, params, grads, rows, steps)
+                work.append((group, params, [dense(p, g) for p, g in zip(params, grads)], steps))
+        for group, params, grads, steps in work:
+            self._step_group(group, params, grads, steps)
         return loss
 
     def _step_group(
@@ -197,7 +197,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         group: dict[str, Any],
         params: list[torch.Tensor],
         grads: list[torch.Tensor],
-        rows: list[torch.Tensor],
         steps: list[torch.Tensor],
     ) -> None:
         rates = Rates(float(group["lr"]), group["weight_decay"], group["maximize"])
@@ -206,22 +205,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
         layout, rule = self._layout(group), self._artifact(group).rule
         buckets: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
         scattered: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for k, (param, grad) in enumerate(zip(params, grads)):
+        for param, grad, step in zip(params, grads, steps):
             here = local(param)
             if here.numel():
-                flat = here.reshape(-1)
+                flat = here.detach().reshape(-1)
                 if not here.is_contiguous():
                     scattered.append((here, flat))
-                of_param = rows[k * len(layout.keys) : (k + 1) * len(layout.keys)]
-                entry = Entry(
-                    flat, grad.reshape(-1), [local(row).view(-1) for row in of_param], float(steps[k]) if steps else 0.0
-                )
+                entry = Entry(param, flat, grad.reshape(-1), self.state[param], float(step))
                 buckets[here.device, compute_dtype(here)].append(entry)
+        chunk_size = self.chunk_size or default_chunk_size(len(layout.keys))
         for (device, dtype), entries in buckets.items():
             theta = self._theta(group, device, dtype)
             with torch.autocast(device.type, enabled=False):
-                for chunk in chunks(entries, self.chunk_size):
-                    step_chunk(chunk, rule, layout, theta, dtype, rates)
+                step_entries(entries, self._blocks, rule, layout, theta, dtype, rates, chunk_size)
         for here, flat in scattered:
             here.copy_(flat.view(here.shape))
         if steps:
@@ -245,8 +241,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 continue
             dtype = compute_dtype(param)
             of_param = rows[k * len(layout.keys) : (k + 1) * len(layout.keys)]
-            old = torch.stack([row.reshape(-1) for row in of_param]).to(dtype)
-            step = steps[k].to(param.device, dtype).view(1) if steps else None
+            old = (
+                torch.cat([row.reshape(-1) for row in of_param] or [param.new_empty(0)])
+                .to(dtype)
+                .view(-1, param.numel())
+            )
+            step = steps[k].to(param.device, dtype).view(1) if layout.has_step else None
             flat_grad = grad.reshape(-1).to(dtype)
             flat_param = param.reshape(-1).to(dtype)
             theta = self._theta(group, param.device, dtype)
@@ -254,7 +254,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 update, state = rule.update(
                     theta, -flat_grad if group["maximize"] else flat_grad, flat_param, layout.to_rule(old, step)
                 )
-            new = torch.cat(layout.from_rule(state))
+            new = layout.from_rule(state, param.numel())
             if isinstance(lr, torch.Tensor):
                 new = torch.where(lr == 0, old, new)
             param.copy_((flat_param * (1 - lr * decay) + lr * update).view(param.shape))
@@ -264,6 +264,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(steps, (lr != 0).to(torch.float32) if isinstance(lr, torch.Tensor) else 1)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._blocks.unpack(self.state)
         public = {name: value for name, value in self.__dict__.items() if not name.startswith("_") and name != "step"}
         return {**public, **super().__getstate__()}
 
@@ -273,6 +274,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self._forget_caches()
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch puts it there, but our defaults are our arguments
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def state_dict(self) -> dict[str, Any]:
+        """The state by parameter index, and the groups; state tensors have memory of their own and are not copied."""
+        self._blocks.unpack(self.state)
+        return super().state_dict()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -296,7 +303,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _adopt(self, group: dict[str, Any], param: torch.Tensor, index: int, saved: dict[str, Any]) -> dict[str, Any]:
         """A copy of one parameter's saved state, in this optimizer's dtype and on the parameter's device."""
         layout = self._layout(group)
-        expected = [*layout.keys, *([STEP] if layout.has_step else [])]
+        expected = [*layout.keys, STEP]
         missing, unknown = [key for key in expected if key not in saved], [key for key in saved if key not in expected]
         if missing or unknown:
             what = f"has no {missing[0]!r}" if missing else f"has {unknown[0]!r}, which these weights do not keep"
@@ -319,8 +326,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 )
             moved = value.to(param.device, self._row_dtype(param))
             out[key] = moved.clone(memory_format=torch.contiguous_format) if moved is value else moved
-        if layout.has_step:
-            out[STEP] = torch.as_tensor(saved[STEP], dtype=torch.float32).detach().cpu().reshape(()).clone()
+        out[STEP] = torch.as_tensor(saved[STEP], dtype=torch.float32).detach().cpu().reshape(()).clone()
         return out
 
 
@@ -368,14 +374,18 @@ def _check_group(values: dict[str, Any]) -> None:
         raise ValueError(f"maximize must be True or False; got {values['maximize']!r}")
 
 
+def _check_param(param: torch.Tensor, index: int) -> None:
+    if param.dtype not in PARAM_DTYPES:
+        names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
+        hint = "; pass torch.view_as_real of a complex parameter's data" if param.is_complex() else ""
+        raise ValueError(f"parameter {index} of the group is {param.dtype}; parameters must be one of {names}{hint}")
+    if param.layout != torch.strided:
+        raise ValueError(f"parameter {index} of the group has layout {param.layout}; parameters must be dense")
+
+
 def compute_dtype(param: torch.Tensor) -> torch.dtype:
     """What the rule computes in: float32, or float64 for float64 parameters."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor (DTensor), or the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def dense(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -383,8 +393,4 @@ def dense(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     if hasattr(grad, "placements") and grad.placements != getattr(param, "placements", None):
         grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     grad = local(grad)
-    if grad.layout == torch.strided:
-        return grad
-    if grad.layout == torch.sparse_coo:
-        return grad.to_dense()
-    raise RuntimeError(f"sparse gradients must be of layout torch.sparse_coo, or dense; got {grad.layout}")
+    return grad if grad.layout == torch.strided else grad.to_dense()
