@@ -21,10 +21,10 @@ import torch
 from learned_opt import estimators
 from learned_opt.batched import BatchedFamily
 from learned_opt.meta_loss import MetaLoss
+from learned_opt.particles import EpisodePlan
 from learned_opt.rules.base import RuleConfig, UpdateRule
 from learned_opt.task import TaskFamily, Tensors
 from learned_opt.truncation import HorizonSchedule
-from learned_opt.unroll import EpisodePlan
 
 NUM_STATES = 23
 NUM_POSITIVE = 10

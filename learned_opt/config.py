@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from learned_opt.evaluation import DEFAULT_BASELINES, EvaluationConfig
 from learned_opt.meta_trainer import MetaTrainerConfig
 from learned_opt.tracking import TrackingConfig
+
+if TYPE_CHECKING:
+    import yaml
 
 Settings = dict[str, Any]
 
@@ -83,7 +88,9 @@ class RunConfig:
 
         from learned_opt.files import write_atomically
 
-        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True).encode())
+        _, dumper = _yaml_classes()
+        text = yaml.dump(self.to_dict(), Dumper=dumper, sort_keys=False, allow_unicode=True)
+        write_atomically(path, text.encode())
 
 
 def from_dict(values: Mapping[str, Any], *, source: str = "the configuration") -> RunConfig:
@@ -116,6 +123,35 @@ def from_dict(values: Mapping[str, Any], *, source: str = "the configuration") -
         raise ValueError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
 
 
+@functools.cache
+def _yaml_classes() -> tuple[type[yaml.SafeLoader], type[yaml.SafeDumper]]:
+    """A safe loader for which 3e-3 is a number and not a string, as everywhere else, and its dumper."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    number = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+    for cls in (Loader, Dumper):
+        cls.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader, Dumper
+
+
+def read_yaml(text: str) -> Any:
+    """The plain values in a YAML text.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+    """
+    import yaml
+
+    loader, _ = _yaml_classes()
+    return yaml.load(text, Loader=loader)
+
+
 def load(path: Path) -> RunConfig:
     """Read a YAML configuration file.
 
@@ -128,8 +164,10 @@ def load(path: Path) -> RunConfig:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot read the configuration file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8") from error
     try:
-        values = yaml.safe_load(text)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -23,11 +23,13 @@ class MetaLoss:
     Attributes:
         normalization: "log" is log(f/f₀), which asks for the same relative progress at every scale of the loss; "ratio"
             is f/f₀; "none" is f itself. "log" and "ratio" are for losses bounded below by zero: log(f/f₀) is floored at
-            f/f₀ = `floor`. "log_mean" is the logarithm of the mean of f over particles, step by step: it lowers the mean
-            over tasks, which a few hard ones make up, at every stage of the unroll alike. It is for tasks of one scale whose
-            particles restart together (`HorizonSchedule.random_offsets` off), and needs an estimator that differentiates.
+            f/f₀ = `floor`. "log_mean" is the logarithm of the mean of f over particles, step by step: it lowers the
+            mean over tasks, which a few hard ones make up, at every stage of the unroll alike. It is for tasks of one
+            scale whose particles restart together (`HorizonSchedule.random_offsets` off), and needs an estimator that
+            differentiates.
         average: "mean" over the steps of the truncation, or its "final" step alone.
-        clip: f/f₀ above this counts as this (its gradient is zero); "none" and "log_mean" clip f itself relative to max(|f₀|, 1).
+        clip: f/f₀ above this counts as this (its gradient is zero); "none" and "log_mean" clip f itself, relative to
+            max(|f₀|, 1).
         floor: smallest f/f₀ told apart by "log".
     """
 
@@ -70,7 +72,8 @@ class MetaLoss:
         """
         if self.normalization == "log_mean":
             raise ValueError(
-                "normalization 'log_mean' has no value per particle, which this estimator needs; choose log, ratio or none"
+                "normalization 'log_mean' has no value per particle, which this estimator needs; "
+                "choose log, ratio or none"
             )
         values = self.normalize(losses, initial)
         return values[..., -1, :] if self.average == "final" else values.mean(-2)
@@ -109,5 +112,7 @@ class MetaLoss:
 
     def num_clipped(self, losses: torch.Tensor, initial: torch.Tensor) -> int:
         """How many losses are above the clip or not finite."""
-        bound = self.clip * (initial.abs().clamp_min(1) if self.normalization in ("none", "log_mean") else initial.abs())
+        bound = self.clip * (
+            initial.abs().clamp_min(1) if self.normalization in ("none", "log_mean") else initial.abs()
+        )
         return int((~(losses <= bound)).sum())

@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from learned_opt.batched import BatchedFamily
+from learned_opt.batched import BatchedFamily, check_device
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.meta_loss import MetaLoss
+from learned_opt.particles import EpisodePlan, start_particles
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import TaskFamily, Tensors
 from learned_opt.truncation import HorizonSchedule
-from learned_opt.unroll import EpisodePlan, start_particles, unroll
+from learned_opt.unroll import unroll
 
 _SKIPS_IN_A_ROW = 50
 
@@ -145,6 +146,7 @@ class MetaTrainer:
                 f"families_per_step ({config.families_per_step}) exceeds the number of families ({len(families)})"
             )
         self.rule, self.config, self.estimator = rule, config, estimator
+        device = check_device(device)
         theta = theta or rule.init_theta(torch.Generator().manual_seed(config.seed))
         self.theta: Tensors = {n: v.detach().clone().to(device, dtype) for n, v in theta.items()}
         self.optimizer = optimizer_class(config.optimizer)(list(self.theta.values()), lr=config.learning_rate)

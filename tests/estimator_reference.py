@@ -10,9 +10,9 @@ from learned_opt.batched import BatchedFamily
 from learned_opt.estimators import Workload
 from learned_opt.estimators.antithetic import flatten, perturbations, unflatten
 from learned_opt.meta_loss import MetaLoss
+from learned_opt.particles import EpisodePlan
 from learned_opt.task import TaskFamily, draw_batches, draw_task
 from learned_opt.truncation import HorizonSchedule
-from learned_opt.unroll import EpisodePlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

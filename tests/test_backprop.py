@@ -6,9 +6,9 @@ import torch
 from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
 from learned_opt.meta_loss import MetaLoss
+from learned_opt.particles import EpisodePlan
 from learned_opt.task import draw_batches, draw_task
 from learned_opt.truncation import HorizonSchedule
-from learned_opt.unroll import EpisodePlan
 from tasks.image_mlp import ImageMLP
 from tasks.quadratic import Quadratic
 

@@ -284,3 +284,9 @@ def test_wrong_arguments():
         BatchedFamily(Quadratic(), dtype=torch.int32)
     with pytest.raises(ValueError, match="split must be one of"):
         BatchedFamily(Quadratic()).start("train", [0])
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "quantum"])
+def test_devices_that_are_not_there(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here: .*; use cpu"):
+        BatchedFamily(Quadratic(), device=device)

@@ -11,7 +11,8 @@ from estimator_reference import Linear, NoisyBowl, Parabola, theta_of, workload
 
 from learned_opt import estimators, rules
 from learned_opt.estimators.antithetic import flatten, unflatten
-from learned_opt.unroll import start_particles, unroll
+from learned_opt.particles import start_particles
+from learned_opt.unroll import unroll
 from tasks.image_mlp import ImageMLP
 from tasks.quadratic import Quadratic
 

@@ -106,15 +106,22 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "learned_opt.truncation": (),
     "learned_opt.batched": ("learned_opt.task",),
     "learned_opt.rules": ("learned_opt.task",),
-    "learned_opt.unroll": (
+    "learned_opt.particles": (
         "learned_opt.batched",
         "learned_opt.rules.base",
         "learned_opt.task",
         "learned_opt.truncation",
     ),
+    "learned_opt.unroll": (
+        "learned_opt.batched",
+        "learned_opt.particles",
+        "learned_opt.rules.base",
+        "learned_opt.task",
+    ),
     "learned_opt.estimators": (
         "learned_opt.batched",
         "learned_opt.meta_loss",
+        "learned_opt.particles",
         "learned_opt.rules",
         "learned_opt.task",
         "learned_opt.truncation",
@@ -126,7 +133,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 # The drop-in optimizer is for those who train, not meta-train: it may load no part of meta-training.
 OPTIMIZER_NEVER = tuple(
-    f"learned_opt.{name}" for name in ("batched", "estimators", "evaluation", "meta_trainer", "unroll", "truncation")
+    f"learned_opt.{name}"
+    for name in ("batched", "estimators", "evaluation", "meta_trainer", "particles", "unroll", "truncation")
 )
 
 
@@ -215,7 +223,7 @@ def test_only_the_unroll_takes_inner_steps():
 
 
 def test_only_the_unroll_asks_for_gradients_of_tasks():
-    allowed = ("learned_opt.batched", "learned_opt.unroll", "learned_opt.estimators.backprop")
+    allowed = ("learned_opt.batched", "learned_opt.particles", "learned_opt.unroll", "learned_opt.estimators.backprop")
     callers = {
         module_name(path)
         for path in [*SOURCES, *ROOT.glob("*.py")]

@@ -24,7 +24,8 @@ from torch.optim import lr_scheduler
 
 from learned_opt import LearnedOptimizer, rules
 from learned_opt.batched import BatchedFamily
-from learned_opt.unroll import EpisodePlan, inner_steps, learned_move, start_particles
+from learned_opt.particles import EpisodePlan, start_particles
+from learned_opt.unroll import inner_steps, learned_move
 from tasks.quadratic import Quadratic
 
 ARTIFACTS = {name: artifact_of(name) for name in RULE_NAMES}

@@ -14,9 +14,10 @@ import torch
 import tasks
 from learned_opt import rules
 from learned_opt.batched import BatchedFamily
+from learned_opt.particles import EpisodePlan, start_particles
 from learned_opt.task import SPLITS, TaskFamily, draw_batches, draw_task, task_seed
 from learned_opt.truncation import HorizonSchedule
-from learned_opt.unroll import EpisodePlan, start_particles, unroll
+from learned_opt.unroll import unroll
 from tests.task_cases import CASES, LABELS, OWN, make
 
 DOCS = Path(__file__).parent.parent / "docs" / "tasks.md"

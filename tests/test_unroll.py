@@ -12,9 +12,10 @@ import torch
 from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
 from learned_opt.meta_loss import MetaLoss
+from learned_opt.particles import EpisodePlan, Particles, restart, start_particles
 from learned_opt.task import TaskFamily, draw_task
 from learned_opt.truncation import HorizonSchedule
-from learned_opt.unroll import EpisodePlan, Particles, restart, start_particles, unroll
+from learned_opt.unroll import unroll
 from tasks.image_mlp import ImageMLP
 from tasks.quadratic import Quadratic
 

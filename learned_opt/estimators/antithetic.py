@@ -22,8 +22,9 @@ import torch
 
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.meta_loss import MetaLoss
+from learned_opt.particles import Particles, restart, start_particles
 from learned_opt.task import Tensors, generator_for
-from learned_opt.unroll import Particles, Segment, restart, start_particles, unroll
+from learned_opt.unroll import Segment, unroll
 
 DIFFERENCES = ("plain", "sign", "clip")
 

@@ -24,10 +24,10 @@ import torch
 
 from learned_opt.batched import BatchedFamily
 from learned_opt.estimators.base import Estimate, Estimator, Workload
-from learned_opt.estimators.particles import snapshot
+from learned_opt.particles import Particles, columns_of, snapshot, start_particles
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
 from learned_opt.task import Tensors
-from learned_opt.unroll import Particles, Segment, Stage, columns_of, start_particles, unroll
+from learned_opt.unroll import Segment, Stage, unroll
 
 Cotangents = tuple[torch.Tensor, torch.Tensor, Tensors]
 """Derivatives of later meta-losses with respect to the (params, grads, rule state) that a step starts from."""

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from learned_opt.batched import BatchedFamily
 from learned_opt.meta_loss import MetaLoss
+from learned_opt.particles import EpisodePlan
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import Tensors
-from learned_opt.unroll import EpisodePlan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,10 @@ from learned_opt.estimators.backprop import TruncatedBackprop
 from learned_opt.estimators.base import Estimator, Workload
 from learned_opt.estimators.statistics import Quality, quality
 from learned_opt.meta_loss import MetaLoss
+from learned_opt.particles import EpisodePlan
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import TaskFamily, Tensors
 from learned_opt.truncation import HorizonSchedule
-from learned_opt.unroll import EpisodePlan
 
 _MEASURES = ("cosine", "norm_ratio", "projection", "variance", "signal_to_noise")
 

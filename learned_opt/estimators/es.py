@@ -20,9 +20,8 @@ from typing import ClassVar
 
 from learned_opt.estimators.antithetic import AntitheticEstimator, PairState
 from learned_opt.estimators.base import Estimate, Workload
-from learned_opt.estimators.particles import take
+from learned_opt.particles import restart, start_particles, take
 from learned_opt.task import Tensors
-from learned_opt.unroll import restart, start_particles
 
 
 class TruncatedES(AntitheticEstimator):

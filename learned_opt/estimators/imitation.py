@@ -26,9 +26,10 @@ from learned_opt import rules
 from learned_opt.estimators.backprop import replay_chunk
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.estimators.table import SINGLE, make
+from learned_opt.particles import Particles, columns_of, start_particles
 from learned_opt.rules.base import UpdateRule, slice_coordinates
 from learned_opt.task import Tensors
-from learned_opt.unroll import Particles, Run, Segment, columns_of, start_particles, unroll
+from learned_opt.unroll import Run, Segment, unroll
 
 POLICIES = ("off", "on")
 

@@ -21,9 +21,10 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from learned_opt.batched import BatchedFamily
+from learned_opt.particles import EpisodePlan, Particles, start_particles
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import Tensors
-from learned_opt.unroll import EpisodePlan, Move, Particles, inner_steps, learned_move, start_particles
+from learned_opt.unroll import Move, inner_steps, learned_move
 
 _STEPS_PER_STRETCH = 128
 """Batches are drawn for so many steps at a time, which bounds their memory whatever the horizon."""

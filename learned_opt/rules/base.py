@@ -22,7 +22,7 @@ DEFAULT_CHUNK = 4096
 """Coordinates per chunk of a step: few enough that the temporaries of a 2x20 LSTM stay in a core's cache."""
 
 _CACHED_NUMBERS = 2**18
-"""How many numbers of rule state a chunk may have for its temporaries to stay in a core's second-level cache (2 MiB)."""
+"""How many numbers of rule state a chunk may have for its temporaries to stay in a core's second-level cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def chunked_update(
     *,
     chunk_size: int | None = None,
 ) -> tuple[torch.Tensor, Tensors]:
-    """`rule.update` over [n] coordinates, at most `chunk_size` (by default `fitting_chunk`) at a time, so that temporaries stay small."""
+    """`rule.update` over [n] coordinates, `chunk_size` (or `fitting_chunk`) at a time: temporaries stay small."""
     n = grads.shape[-1]
     chunk_size = chunk_size or fitting_chunk(rule)
     if n <= chunk_size:

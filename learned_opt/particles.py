@@ -1,0 +1,197 @@
+"""Particles: the tasks in flight, how they start, restart and are copied.
+
+A particle is one task being run. Which task it gets, and for how long, is a pure function of the run's seed, the
+particle's number and its episode, so that particles are rebuilt from those anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from learned_opt.batched import BatchedFamily
+from learned_opt.rules.base import UpdateRule
+from learned_opt.task import Tensors, task_seed
+from learned_opt.truncation import HorizonSchedule
+
+_DRAWS_BEFORE_GIVING_UP = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpisodePlan:
+    """Which task and horizon a particle's next episode has: a pure function of run seed, particle and episode.
+
+    Attributes:
+        split: where tasks are drawn from.
+        run_seed: the run's seed, non-negative.
+        horizons: the schedule of horizons; None means that particles never reset.
+    """
+
+    split: str
+    run_seed: int
+    horizons: HorizonSchedule | None = None
+
+    def draw(self, particle: int, episode: int) -> tuple[int, int]:
+        """(task seed, horizon) of this episode; horizon −1 for never."""
+        horizon = self.horizons.draw(self.run_seed, particle, episode) if self.horizons else -1
+        return task_seed(self.split, self.run_seed, particle, episode), horizon
+
+
+@dataclasses.dataclass
+class Particles:
+    """Tasks in flight, stacked.
+
+    Attributes:
+        ids: each particle's index in the whole run.
+        seeds, episodes, steps, horizons: per particle, plain integers.
+        tasks: constants, each [particles, …].
+        params, grads: [particles, num_parameters]; the gradient is that of the current step's batch at `params`.
+        losses, initial: [particles]; the loss at `params`, and that at the episode's start.
+        rule_state: tensors [..., particles · num_parameters].
+    """
+
+    ids: list[int]
+    seeds: list[int]
+    episodes: list[int]
+    steps: list[int]
+    horizons: list[int]
+    tasks: Tensors
+    params: torch.Tensor
+    grads: torch.Tensor
+    losses: torch.Tensor
+    initial: torch.Tensor
+    rule_state: Tensors
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain tensors, lists and dicts; tasks are left out, since their seeds rebuild them."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tasks"}
+        return {n: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else v for n, v in out.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], batched: BatchedFamily, split: str) -> Particles:
+        """The particles that `state_dict` described, their tasks drawn again; `state` itself is left as it is."""
+        tasks, _ = batched.start(split, state["seeds"])
+
+        def own(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(batched.device)
+            return {n: v.to(batched.device) for n, v in value.items()} if isinstance(value, dict) else list(value)
+
+        return cls(tasks=tasks, **{n: own(v) for n, v in state.items()})
+
+
+def start_particles(
+    batched: BatchedFamily,
+    rule: UpdateRule | None,
+    plan: EpisodePlan,
+    ids: Sequence[int],
+    episodes: Sequence[int] | None = None,
+) -> Particles:
+    """Particles at the start of an episode, evaluated at their initial parameters.
+
+    A task whose loss or gradient is not finite there is replaced by the particle's next episode.
+
+    Args:
+        batched: the family.
+        rule: whose state to make; None for none.
+        plan: names the tasks.
+        ids: the particles' indices in the whole run.
+        episodes: the episode each starts; zeros by default.
+
+    Raises:
+        ValueError: a particle drew only non-finite tasks.
+    """
+    ids = list(ids)
+    episodes = list(episodes) if episodes is not None else [0] * len(ids)
+    for _ in range(_DRAWS_BEFORE_GIVING_UP):
+        drawn = [plan.draw(i, e) for i, e in zip(ids, episodes)]
+        seeds, horizons = [d[0] for d in drawn], [d[1] for d in drawn]
+        tasks, params = batched.start(plan.split, seeds)
+        batch = first(batched.batches(tasks, seeds, [0] * len(ids), 1))
+        losses, grads = batched.losses_and_grads(params, tasks, batch)
+        bad = ~finite(losses, grads)
+        if not bad.any():
+            break
+        episodes = [e + int(b) for e, b in zip(episodes, bad.tolist())]
+    else:
+        raise ValueError(
+            f"{batched.family.name}: the loss or its gradient is not finite at the initial parameters in "
+            f"{_DRAWS_BEFORE_GIVING_UP} draws of a task in a row; check the family's loss, data and init_params"
+        )
+    state = rule.init_state(params.numel(), dtype=batched.dtype, device=batched.device) if rule else {}
+    return Particles(
+        ids, seeds, episodes, [0] * len(ids), horizons, tasks, params, grads, losses, losses.clone(), state
+    )
+
+
+def finite(losses: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """[P]: whether loss and squared gradient are finite; rules average squares, and an infinite one never decays."""
+    return torch.isfinite(losses) & torch.isfinite((grads * grads).sum(1))
+
+
+def restart(
+    batched: BatchedFamily, rule: UpdateRule | None, plan: EpisodePlan, particles: Particles, columns: Sequence[int]
+) -> None:
+    """Put the particles in these columns at the start of their next episode; the others are left alone."""
+    columns = list(columns)
+    fresh = start_particles(
+        batched, rule, plan, [particles.ids[c] for c in columns], [particles.episodes[c] + 1 for c in columns]
+    )
+    for name in ("ids", "seeds", "episodes", "steps", "horizons"):
+        for column, value in zip(columns, getattr(fresh, name)):
+            getattr(particles, name)[column] = value
+    index = torch.tensor(columns, device=batched.device)
+    for name in ("params", "grads", "losses", "initial"):
+        setattr(particles, name, getattr(particles, name).index_copy(0, index, getattr(fresh, name)))
+    particles.tasks = {n: v.index_copy(0, index, fresh.tasks[n]) for n, v in particles.tasks.items()}
+    particles.rule_state = {
+        n: as_particles(v, len(particles))
+        .index_copy(-2, index, as_particles(fresh.rule_state[n], len(columns)))
+        .flatten(-2)
+        for n, v in particles.rule_state.items()
+    }
+
+
+def as_particles(tensor: torch.Tensor, num_particles: int) -> torch.Tensor:
+    """[..., P · D] viewed as [..., P, D]."""
+    return tensor.view(*tensor.shape[:-1], num_particles, -1)
+
+
+def columns_of(state: Tensors, columns: torch.Tensor, num_particles: int) -> Tensors:
+    """The rule state [..., P · D] of some particles, as [..., k · D]."""
+    return {n: as_particles(v, num_particles).index_select(-2, columns).flatten(-2) for n, v in state.items()}
+
+
+def first(batches: Tensors, index: int = 0) -> Tensors:
+    """One step's batch out of stacked batches."""
+    return {name: value[index] for name, value in batches.items()}
+
+
+def snapshot(particles: Particles) -> Particles:
+    """Particles that can be advanced without touching these; tensors are shared, since nothing writes into them."""
+    names = ("ids", "seeds", "episodes", "steps", "horizons")
+    lists: dict[str, Any] = {name: list(getattr(particles, name)) for name in names}
+    return dataclasses.replace(particles, tasks=dict(particles.tasks), rule_state=dict(particles.rule_state), **lists)
+
+
+def take(particles: Particles, columns: Sequence[int]) -> Particles:
+    """Copies of the particles in these columns, in this order; a column may be taken any number of times."""
+    columns = list(columns)
+    index = torch.tensor(columns, device=particles.params.device)
+    lists: dict[str, Any] = {
+        name: [getattr(particles, name)[c] for c in columns]
+        for name in ("ids", "seeds", "episodes", "steps", "horizons")
+    }
+    tensors = {name: getattr(particles, name)[index] for name in ("params", "grads", "losses", "initial")}
+    return Particles(
+        **lists,
+        **tensors,
+        tasks={name: value[index] for name, value in particles.tasks.items()},
+        rule_state=columns_of(particles.rule_state, index, len(particles)),
+    )
