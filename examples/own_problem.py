@@ -1,8 +1,8 @@
 """Meta-train an optimizer on a problem of your own: one small model for every group of a data set.
 
-The data are always there: the source files of Python's standard library. A row holds four consecutive characters and the one
-that follows, and the group column says which file it is from. A task fits a small network, which predicts the next
-character, to the rows of one file, so there are as many tasks as files. The files are dealt out to meta-train,
+The data are always there: the source files of Python's standard library. A row holds four consecutive characters and
+the one that follows, and the group column says which file it is from. A task fits a small network, which predicts the
+next character, to the rows of one file, so there are as many tasks as files. The files are dealt out to meta-train,
 meta-validation and meta-test; an optimizer meta-trained on the first kind then trains networks on files that it never
 saw, in an ordinary PyTorch loop. Replace `source_files` and `network` by your own table and module.
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from learned_opt.task import TaskFamily, Tensors, check_split
 from tasks.data.text import NUM_CHARACTERS, load_text
+from tasks.supervised import cross_entropy
 
 _TEST_WINDOWS = 32
 
@@ -72,7 +73,7 @@ class CharacterModel(TaskFamily):
         return self.logits(params, one_hot).reshape(-1, NUM_CHARACTERS), windows[:, 1:].reshape(-1)
 
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
-        return F.cross_entropy(*self._scores(params, task["text"], batch["rows"]))
+        return cross_entropy(*self._scores(params, task["text"], batch["rows"]))
 
     def eval_metrics(self, params: Tensors, task: Tensors) -> Tensors:
         """The "test_loss" and "test_accuracy" of the next character in the held-out text."""
@@ -81,7 +82,7 @@ class CharacterModel(TaskFamily):
         index = torch.arange(_TEST_WINDOWS, device=task["first_row"].device) * stride % (num_test - self.length)
         scores, following = self._scores(params, task["text"], task["first_row"] + task["num_rows"] + index)
         right = (scores.argmax(-1) == following).to(scores.dtype).mean()
-        return {"test_loss": F.cross_entropy(scores, following), "test_accuracy": right}
+        return {"test_loss": cross_entropy(scores, following), "test_accuracy": right}
 
 
 def _matrix(generator: torch.Generator, *shape: int, gain: float = 1.0) -> torch.Tensor:

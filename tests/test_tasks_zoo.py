@@ -1,0 +1,393 @@
+"""What single families promise beyond the contract: optima, shapes, and equality with PyTorch's own layers."""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tasks
+from learned_opt.batched import BatchedFamily
+from learned_opt.task import SPLITS, draw_batches, draw_task, task_seed
+from tasks.data.tabular import TABLES, load_table
+from tasks.data.text import encode, load_text
+
+SEEDS = [task_seed("meta_train", 0, i) for i in range(8)]
+
+
+def double(tensors):
+    return {n: v.double() if v.is_floating_point() else v for n, v in tensors.items()}
+
+
+def drawn(family, seed=SEEDS[0], split="meta_train"):
+    task, params = draw_task(family, split, seed)
+    return double(params), double({**task, **family.shared_data()})
+
+
+def gradient(family, params, task, batch):
+    return torch.func.grad(lambda p: family.loss(p, task, batch))(params)
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("rosenbrock", 1e-14),
+        ("ackley", 1e-10),
+        ("rastrigin", 1e-14),
+        ("saddle", 1e-14),
+        ("plateau", 1e-14),
+        ("spectrum_quadratic", 1e-14),
+        ("matrix_factorization", 1e-14),
+    ],
+)
+def test_the_reference_optimum_is_zero_and_stationary(name, tolerance):
+    family = tasks.get(name)
+    for seed in SEEDS:
+        params, task = drawn(family, seed)
+        best = double(family.optimum(task))
+        assert abs(float(family.loss(best, task, {}))) <= tolerance
+        assert max(float(g.abs().max()) for g in gradient(family, best, task, {}).values()) < 1e-6
+        start = float(family.loss(params, task, {}))
+        assert 1e-3 < start < 1e3
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(50):  # no point is below the optimum
+            other = {n: v + torch.randn(v.shape, generator=generator) for n, v in best.items()}
+            assert float(family.loss(other, task, {})) >= 0
+
+
+def test_rosenbrock_is_the_textbook_function_divided_by_a_hundred():
+    family = tasks.get("rosenbrock", dim=2)
+    x, y = -1.2, 1.0
+    value = family.loss({"x": torch.tensor([x, y], dtype=torch.float64)}, {}, {})
+    assert float(value) == pytest.approx((100 * (y - x**2) ** 2 + (1 - x) ** 2) / 100, rel=1e-12)
+
+
+def test_ackley_and_rastrigin_at_known_points():
+    task = {"center": torch.zeros(2, dtype=torch.float64)}
+    ones = {"x": torch.ones(2, dtype=torch.float64)}
+    # At whole numbers the cosines are 1: what is left of Ackley is 20(1 − e^−0.2), of Rastrigin the bowl.
+    assert float(tasks.get("ackley", dim=2).loss(ones, task, {})) == pytest.approx(20 * (1 - math.exp(-0.2)), rel=1e-12)
+    assert float(tasks.get("rastrigin", dim=2).loss(ones, task, {})) == pytest.approx(1.0, rel=1e-12)
+    assert torch.isfinite(gradient(tasks.get("ackley", dim=2), {"x": task["center"]}, task, {})["x"]).all()
+
+
+def test_the_saddle_is_one():
+    family = tasks.get("saddle", dim=4)
+    params, task = drawn(family)
+    at = {"x": task["center"]}
+    assert float(family.loss(at, task, {})) == pytest.approx(0.25, abs=1e-12)
+    assert float(gradient(family, at, task, {})["x"].abs().max()) == 0
+    curvature = torch.func.jacrev(torch.func.grad(lambda x: family.loss({"x": x}, task, {})))(task["center"]).diagonal()
+    assert (curvature[:2] < 0).all() and (curvature[2:] > 0).all()
+    assert float((params["x"] - task["center"]).abs().max()) <= 0.01
+
+
+@pytest.mark.parametrize("rotated", [True, False])
+def test_the_spectrum_is_the_chosen_one(rotated):
+    family = tasks.get("spectrum_quadratic", dim=6, condition=50.0, rotated=rotated)
+    _, task = drawn(family)
+    eigenvalues = torch.linalg.eigvalsh(task["hessian"])
+    assert float(eigenvalues[-1]) == pytest.approx(1.0, rel=1e-5)
+    assert float(eigenvalues[0]) == pytest.approx(1 / 50, rel=1e-4)
+    off = task["hessian"] - torch.diag(task["hessian"].diagonal())
+    assert (float(off.abs().max()) > 0.01) == rotated
+
+
+def test_the_noisy_quadratic_has_the_stated_gradient_noise_and_least_loss():
+    family = tasks.get("spectrum_quadratic", dim=3, noise=0.5)
+    _, task = drawn(family)
+    best = family.optimum(task)
+    jitter = torch.cat([draw_batches(family, task, s, 0, 500)["jitter.x"] for s in SEEDS]).double()
+    losses = torch.stack([family.loss(best, task, {"jitter.x": j}) for j in jitter])
+    assert float(losses.mean()) == pytest.approx(0.5 * 0.25 * float(task["hessian"].trace()), rel=0.06)
+    grads = torch.stack([gradient(family, best, task, {"jitter.x": j})["x"] for j in jitter[:1000]])
+    want = 0.25 * task["hessian"] @ task["hessian"]
+    torch.testing.assert_close(torch.cov(grads.T), want, rtol=0.2, atol=0.03)
+
+
+def test_lasso_optimum_satisfies_the_optimality_conditions():
+    family = tasks.get("lasso")
+    params, task = drawn(family)
+    assert task["a"].shape == (25, 50)
+    torch.testing.assert_close(task["a"].norm(dim=0), torch.ones(50, dtype=torch.float64), rtol=1e-6, atol=0)
+    x = family.optimum(task)["x"]
+    slope = task["a"].T @ (task["a"] @ x - task["b"])
+    assert float(slope.abs().max()) <= 0.005 * (1 + 1e-6)
+    used = x != 0
+    torch.testing.assert_close(slope[used], -0.005 * x[used].sign(), rtol=1e-5, atol=0)
+    assert float(family.loss({"x": x}, task, {})) < float(family.loss(params, task, {}))
+
+
+def test_logistic_regression_optimum_is_stationary():
+    family = tasks.get("logistic_regression", weight_decay=1e-4)
+    for seed in SEEDS[:4]:
+        params, task = drawn(family, seed)
+        assert float(family.loss(params, task, {})) == pytest.approx(math.log(2), rel=1e-12)
+        best = family.optimum(task)
+        assert max(float(g.abs().max()) for g in gradient(family, best, task, {}).values()) < 1e-9
+
+
+@pytest.mark.parametrize("dataset", TABLES)
+def test_tables_are_scikit_learns_standardized_on_what_meta_train_sees(dataset):
+    inputs, targets, split = load_table(dataset)
+    source = getattr(sklearn.datasets, f"load_{dataset}")()
+    seen = split.ranges["meta_train"].train
+    raw = torch.tensor(source.data)[split.order]
+    varies = raw[seen].std(0) > 0
+    got = inputs[seen].double()
+    torch.testing.assert_close(got.mean(0), torch.zeros(raw.shape[1], dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        got.std(0)[varies], torch.ones(int(varies.sum()), dtype=torch.float64), rtol=1e-5, atol=0
+    )
+    for column in (0, raw.shape[1] - 1):
+        if varies[column]:
+            correlation = np.corrcoef(inputs[:, column].numpy(), raw[:, column].numpy())[0, 1]
+            assert correlation == pytest.approx(1, abs=1e-6)
+    if dataset != "diabetes":
+        assert torch.equal(targets, torch.tensor(source.target)[split.order])
+
+
+def test_a_tabular_task_has_its_own_features_and_rows():
+    family = tasks.get("tabular", num_features=5, num_rows=40)
+    first, second = (draw_task(family, "meta_train", seed)[0] for seed in SEEDS[:2])
+    for task in (first, second):
+        assert len(task["columns"].unique()) == 5 and len(task["own_rows"].unique()) == 40
+        rows = draw_batches(family, task, SEEDS[0], 0, 32)["rows"]
+        assert set(rows.flatten().tolist()) <= set(task["own_rows"].tolist())
+    assert not torch.equal(first["columns"], second["columns"])
+    params, task = drawn(family)
+    other = torch.ones(30, dtype=torch.bool)
+    other[task["columns"]] = False
+    poisoned = {**task, "inputs": torch.where(other, torch.nan, task["inputs"])}
+    assert torch.isfinite(family.loss(params, poisoned, {"rows": task["own_rows"]}))
+
+
+def test_tabular_sizes_that_the_table_has_not():
+    with pytest.raises(ValueError, match="num_features must be at most 13 for wine; got 14"):
+        draw_task(tasks.get("tabular", dataset="wine", num_features=14), "meta_train", 0)
+    with pytest.raises(ValueError, match=r"num_rows must be at most \d+ for wine; got 150"):
+        draw_task(tasks.get("tabular", dataset="wine", num_rows=150), "meta_train", 0)
+    with pytest.raises(ValueError, match="label_noise needs integer targets"):
+        draw_task(tasks.get("tabular", dataset="diabetes", label_noise=0.1), "meta_train", 0)
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "layer"])
+def test_the_convolutional_net_is_the_one_of_pytorchs_layers(norm):
+    family = tasks.get("image_conv", channels=(3, 4, 5, 6), norm=norm)
+    params, task = drawn(family)
+    generator = torch.Generator().manual_seed(0)
+    params = {n: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in params.items()}
+    layers: list[nn.Module] = []
+    for i, (fan_in, width) in enumerate(zip((1, 3, 4, 5), (3, 4, 5, 6))):
+        conv = nn.Conv2d(fan_in, width, 3, padding=1, bias=norm == "none").double()
+        conv.weight.data = params[f"conv{i}"]
+        layers.append(conv)
+        if norm == "none":
+            conv.bias.data = params[f"shift{i}"]
+        else:
+            layer = nn.BatchNorm2d(width).double() if norm == "batch" else nn.GroupNorm(1, width).double()
+            layer.weight.data, layer.bias.data = params[f"scale{i}"], params[f"shift{i}"]
+            layers.append(layer)
+        layers += [nn.ReLU(), *([nn.AvgPool2d(2)] if i < 3 else [])]
+    images = task["inputs"][:9]
+    want = nn.Sequential(*layers)(images.view(9, 1, 8, 8)).mean((2, 3)) @ params["weight"] + params["bias"]
+    torch.testing.assert_close(family.outputs(params, task, images), want.detach(), rtol=1e-9, atol=1e-10)
+
+
+def test_the_convolutional_net_wants_square_images():
+    family = tasks.get("image_conv")
+    params, task = drawn(family)
+    with pytest.raises(ValueError, match="image_conv needs square images; got 60 pixels"):
+        family.outputs(params, task, task["inputs"][:3, :60])
+
+
+def test_the_variational_bound_is_the_textbook_one():
+    family = tasks.get("image_autoencoder", hidden=(), code=3, variational=True, batch_size=5)
+    params, task = drawn(family)
+    batch = {n: v[0] for n, v in double(draw_batches(family, task, SEEDS[0], 0, 1)).items()}
+    images = task["inputs"][batch["rows"]]
+    says = images @ params["encoder.weight0"] + params["encoder.bias0"]
+    mean, std = says[:, :3], (0.5 * says[:, 3:]).exp()
+    posterior, prior = torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0)
+    logits = (mean + batch["noise"] * std) @ params["decoder.weight0"] + params["decoder.bias0"]
+    cross_entropy = -(images * F.logsigmoid(logits) + (1 - images) * F.logsigmoid(-logits)).sum(1)
+    want = (cross_entropy + torch.distributions.kl_divergence(posterior, prior).sum(1)).mean() / 64
+    torch.testing.assert_close(family.loss(params, task, batch), want, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_autoencoders_learn(variational):
+    family = tasks.get("image_autoencoder", variational=variational)
+    batched = BatchedFamily(family)
+    stacked, params = batched.start("meta_train", SEEDS[:2])
+    before = batched.eval_metrics(params, stacked)["test_loss"]
+    weights = params.clone().requires_grad_()
+    adam = torch.optim.Adam([weights], lr=3e-3)
+    for step in range(150):
+        batch = {n: v[0] for n, v in batched.batches(stacked, SEEDS[:2], [step] * 2, 1).items()}
+        _, weights.grad = batched.losses_and_grads(weights.detach(), stacked, batch)
+        adam.step()
+    assert (batched.eval_metrics(weights.detach(), stacked)["test_loss"] < 0.75 * before).all()
+
+
+def test_text_is_the_standard_librarys_and_files_belong_to_one_split():
+    text, split = load_text()
+    parts = {s: text[r.first : r.first + r.num_train + r.num_test].numpy().tobytes() for s, r in split.ranges.items()}
+    assert sum(map(len, parts.values())) == len(text)
+    owners = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]:
+        beginning = encode(path.read_bytes()[:2000]).tobytes()
+        if len(beginning) == 2000:
+            owners.append([s for s in SPLITS if beginning in parts[s]])
+    assert all(len(owner) == 1 for owner in owners)
+    assert {owner[0] for owner in owners} == set(SPLITS)
+
+
+def test_encoding():
+    assert encode(b"\n ~a\t\xc3").tolist() == [0, 1, 95, ord("a") - 31, 1, 1]
+
+
+def test_windows_of_a_text_file_stay_in_their_stretch(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(33 + i // 100) for i in range(6000)))  # character k at positions 100 k …
+    family = tasks.get("char_rnn", text_file=str(path), length=30, hidden=3)
+    text, split = load_text(str(path))
+    assert [(r.first, r.num_train, r.num_test) for r in split.ranges.values()] == [
+        (0, 3300, 300),
+        (3600, 900, 300),
+        (4800, 900, 300),
+    ]
+    for name, rows in split.ranges.items():
+        seed = task_seed(name, 0)
+        task, params = draw_task(family, name, seed)
+        starts = torch.cat([draw_batches(family, task, seed, 32 * i, 32)["rows"].flatten() for i in range(6)])
+        assert rows.first <= starts.min() and starts.max() + 31 <= rows.first + rows.num_train
+        changed = text.clone()
+        changed[rows.test] = 7
+        everything = {**task, "text": text}
+        metrics = family.eval_metrics(params, everything)
+        assert float(family.eval_metrics(params, {**task, "text": changed})["test_loss"]) != float(metrics["test_loss"])
+        changed = text.clone()
+        changed[: rows.test.start] = 7
+        changed[rows.test.stop :] = 7
+        assert torch.equal(family.eval_metrics(params, {**task, "text": changed})["test_loss"], metrics["test_loss"])
+
+
+def test_texts_that_cannot_be_used(tmp_path):
+    with pytest.raises(FileNotFoundError, match="text_file 'nowhere.txt' is not a file"):
+        load_text("nowhere.txt")
+    path = tmp_path / "short.txt"
+    path.write_text("short")
+    with pytest.raises(ValueError, match="text_file must hold at least 3000 characters; .*short.txt' has 5"):
+        load_text(str(path))
+    path.write_text("x" * 3200)
+    with pytest.raises(ValueError, match="length must be below 160 for a text this short; got 200"):
+        draw_task(tasks.get("char_rnn", text_file=str(path), length=200), "meta_train", 0)
+
+
+@pytest.mark.parametrize("cell", ["tanh", "gru"])
+def test_the_recurrent_net_is_pytorchs(cell):
+    family = tasks.get("char_rnn", cell=cell, hidden=5, length=7)
+    params, _ = drawn(family)
+    generator = torch.Generator().manual_seed(0)
+    params = {n: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in params.items()}
+    layer = (nn.GRU if cell == "gru" else nn.RNN)(96, 5, batch_first=True).double()
+    layer.weight_ih_l0.data, layer.weight_hh_l0.data = params["input"].T, params["state"].T
+    layer.bias_ih_l0.data, layer.bias_hh_l0.data = params["bias"], torch.zeros_like(params["bias"])
+    one_hot = F.one_hot(torch.randint(96, (3, 7), generator=generator), 96).double()
+    want = layer(one_hot)[0] @ params["output"] + params["output_bias"]
+    torch.testing.assert_close(family.logits(params, one_hot), want.detach(), rtol=1e-9, atol=1e-10)
+
+
+def test_the_transformer_layer_is_pytorchs():
+    family = tasks.get("char_transformer", num_layers=2, num_heads=2, width=8, length=6)
+    params, _ = drawn(family)
+    generator = torch.Generator().manual_seed(0)
+    params = {n: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in params.items()}
+    one_hot = F.one_hot(torch.randint(96, (3, 6), generator=generator), 96).double()
+    x = one_hot @ params["characters"] + params["positions"]
+    for i in range(2):
+        layer = nn.TransformerEncoderLayer(8, 2, 32, 0.0, F.gelu, batch_first=True, norm_first=True).double()
+        attention = layer.self_attn
+        attention.in_proj_weight.data, attention.out_proj.weight.data = (
+            params[f"{i}.attention"].T,
+            params[f"{i}.attention_out"].T,
+        )
+        attention.in_proj_bias.data.zero_()
+        attention.out_proj.bias.data.zero_()
+        layer.linear1.weight.data, layer.linear1.bias.data = params[f"{i}.wide"].T, params[f"{i}.wide_bias"]
+        layer.linear2.weight.data, layer.linear2.bias.data = params[f"{i}.narrow"].T, params[f"{i}.narrow_bias"]
+        for k, norm in ((1, layer.norm1), (2, layer.norm2)):
+            norm.weight.data, norm.bias.data = params[f"{i}.norm{k}.scale"], params[f"{i}.norm{k}.shift"]
+        x = layer(x, src_mask=nn.Transformer.generate_square_subsequent_mask(6, dtype=torch.float64))
+    want = F.layer_norm(x, (8,), params["norm.scale"], params["norm.shift"]) @ params["output"]
+    torch.testing.assert_close(family.logits(params, one_hot), want.detach(), rtol=1e-9, atol=1e-10)
+
+
+def test_characters_do_not_see_those_that_follow():
+    for name in ("char_rnn", "char_transformer"):
+        family = tasks.get(name, length=6)
+        params, _ = drawn(family)
+        one_hot = F.one_hot(torch.arange(12).view(2, 6), 96).double()
+        changed = one_hot.clone()
+        changed[:, 4:] = changed[:, 4:].flip(-1)
+        before, after = family.logits(params, one_hot), family.logits(params, changed)
+        torch.testing.assert_close(before[:, :4], after[:, :4], rtol=1e-12, atol=0)
+        assert not torch.allclose(before[:, 4:], after[:, 4:])
+
+
+def test_sinusoids_have_the_stated_ranges_and_reference_loss():
+    family = tasks.get("sinusoid")
+    drawn_tasks = [draw_task(family, "meta_train", task_seed("meta_train", 1, i))[0] for i in range(1500)]
+    amplitude = torch.stack([t["amplitude"] for t in drawn_tasks])
+    phase = torch.stack([t["phase"] for t in drawn_tasks])
+    assert 0.1 <= amplitude.min() < 0.2 and 4.9 < amplitude.max() <= 5
+    assert 0 <= phase.min() < 0.02 and math.pi - 0.02 < phase.max() <= math.pi
+    zero = {n: torch.zeros_like(v) for n, v in draw_task(family, "meta_train", 0)[1].items()}
+    losses = torch.stack([family.eval_metrics(zero, t)["test_loss"] for t in drawn_tasks])
+    assert float(losses.mean()) == pytest.approx(4.25, abs=4 * float(losses.std()) / math.sqrt(1500))
+    task = drawn_tasks[0]
+    torch.testing.assert_close(task["query_y"], task["amplitude"] * torch.sin(task["query_x"] + task["phase"]))
+    assert task["x"].shape == (10, 1) and task["query_x"].shape == (100, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("rosenbrock", {"dim": 1}, "dim must be at least 2; got 1"),
+        ("ackley", {"start": 0.0}, "start must be positive and finite; got 0.0"),
+        ("spectrum_quadratic", {"dim": 1}, "dim must be at least 2; got 1"),
+        ("spectrum_quadratic", {"condition": 0.5}, "condition must be at least 1 and finite; got 0.5"),
+        ("spectrum_quadratic", {"noise": -1.0}, "noise must be non-negative and finite; got -1.0"),
+        ("lasso", {"num_rows": 0}, "num_rows must be at least 1; got 0"),
+        ("lasso", {"weight": 0.0}, "weight must be positive; got 0.0"),
+        ("lasso", {"init_scale": 0.0}, "init_scale must be positive; got 0.0"),
+        ("matrix_factorization", {"rank": 0}, "rank must be at least 1; got 0"),
+        ("matrix_factorization", {"init_scale": 0.0}, "init_scale must be positive; got 0.0"),
+        ("logistic_regression", {"num_rows": 1}, "num_rows must be at least 2; got 1"),
+        ("logistic_regression", {"weight_decay": 0.0}, "weight_decay must be positive; got 0.0"),
+        ("tabular", {"dataset": "iris"}, "dataset must be one of breast_cancer, wine, diabetes, digits; got 'iris'"),
+        ("tabular", {"num_rows": -1}, "num_rows must be non-negative; got -1"),
+        ("image_conv", {"channels": ()}, r"channels must name at least one layer, each of at least 1; got \(\)"),
+        ("image_conv", {"norm": "group"}, "norm must be one of none, layer, batch; got 'group'"),
+        ("image_conv", {"norm": "batch", "batch_size": 1}, "batch_size must be at least 2 with norm='batch'; got 1"),
+        ("image_autoencoder", {"code": 0}, "code must be at least 1; got 0"),
+        ("char_rnn", {"length": 0}, r"length must lie in \[1, 512\]; got 0"),
+        ("char_rnn", {"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ("char_rnn", {"cell": "lstm"}, "cell must be one of tanh, gru; got 'lstm'"),
+        ("char_rnn", {"hidden": 0}, "hidden must be at least 1; got 0"),
+        ("char_transformer", {"num_heads": 3}, r"num_heads must divide width \(32\); got 3"),
+        ("char_transformer", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
+        ("sinusoid", {"num_shots": 0}, "num_shots must be at least 1; got 0"),
+    ],
+)
+def test_values_out_of_range(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.get(name, **fields)
