@@ -21,6 +21,17 @@ from learned_opt.task import TaskFamily, Tensors, check_split, draw_batches, dra
 _CALLS_BEFORE_TRACE = 8
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """The torch device of this name, or ValueError where there is none on this machine."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch built without CUDA fails an assertion
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}; use cpu") from error
+    return found
+
+
 class BatchedFamily:
     """Vectorized access to a task family.
 
@@ -46,7 +57,7 @@ class BatchedFamily:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type; got {dtype}")
         self.family = family
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.dtype = dtype
         self._shared = self._move(family.shared_data())
         task, params = draw_task(family, "meta_train", 0)
