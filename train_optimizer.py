@@ -3,7 +3,7 @@
     python train_optimizer.py                                   the demo preset
     python train_optimizer.py --preset quadratic_normal         another preset
     python train_optimizer.py --config my.yaml --trainer.outer-steps 2000
-    python train_optimizer.py --resume runs/digits-…            continue a run that was stopped
+    python train_optimizer.py --resume runs/digits              continue a run that was stopped
 
 Everything a run makes lies in its folder: config.yaml, checkpoints/, optimizer.safetensors, results.json, curves.png
 and wandb/.
@@ -16,7 +16,6 @@ import dataclasses
 import json
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -53,7 +52,7 @@ class Arguments:
     fall_back: bool = False
     """When resuming: if the newest checkpoint is damaged, use the one before it."""
     run_dir: str = ""
-    """Folder for what the run makes; by default runs/<preset>-<date>-<time>."""
+    """Folder for what the run makes; by default runs/<preset>, or runs/<preset>-2, … if that is taken."""
     wandb: str = ""
     """Short for --settings.tracking.mode: auto, offline, online or disabled."""
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
@@ -88,7 +87,7 @@ def _yaml_dicts() -> tyro.constructors.ConstructorRegistry:
             return None
 
         def read(strings: list[str]) -> dict[str, Any]:
-            value = yaml.safe_load(strings[0])
+            value = configuration.read_yaml(strings[0])
             if not isinstance(value, dict):
                 raise ValueError(f"{strings[0]!r} is not a YAML mapping such as {{hidden_size: 4}}")
             return value
@@ -175,7 +174,7 @@ def evaluate(artifact: Artifact, settings: RunConfig, folder: RunFolder, device:
             Learned(name="learned", rule=artifact.rule, theta=artifact.theta),
             *(BASELINES[name] for name in settings.baselines),
         ],
-        build_families({**settings.families, **settings.test_families}),
+        build_families(settings.test_families or settings.families),
         settings.evaluation,
         device=device,
         on_result=lambda _, comparison: save(comparison),
@@ -211,11 +210,13 @@ def run(arguments: Arguments) -> int:
         raise ValueError(f"unknown baseline {unknown[0]!r}; choose from {', '.join(BASELINES)}")
     torch.set_num_threads(settings.num_threads)
     trainer = assemble(settings)
-    folder = RunFolder(Path(arguments.resume or arguments.run_dir or new_run_dir(arguments)))
     if resuming:
+        folder = RunFolder(Path(arguments.resume))
         folder.resume(settings)
         trainer.load_state_dict(CheckpointFolder(folder.checkpoints).load_latest(fall_back=arguments.fall_back))
     else:
+        stem = Path(arguments.config).stem if arguments.config else arguments.preset
+        folder = RunFolder(Path(arguments.run_dir)) if arguments.run_dir else RunFolder.new(Path("runs"), stem)
         folder.start(settings)
     tracker = Tracker(settings.tracking, folder.path, settings.to_dict(), resume=resuming)
     progress = Progress(settings.trainer.outer_steps, completed=trainer.outer_step)
@@ -255,17 +256,6 @@ def report(comparison: Comparison, folder: RunFolder, tracker: Tracker, progress
     progress.say(f"\nresults: {folder.results}\npicture: {folder.picture}")
     tracker.log_table("results", comparison.header(), comparison.rows())
     tracker.log_image("curves", folder.picture)
-
-
-def new_run_dir(arguments: Arguments) -> str:
-    """runs/<preset or file>-<date>-<time>, not yet taken."""
-    stem = Path(arguments.config).stem if arguments.config else arguments.preset
-    base = path = Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return str(path)
 
 
 def main() -> int:

@@ -37,8 +37,8 @@ class RunConfig:
         estimator: name of the meta-gradient estimator, see `learned_opt.estimators.ESTIMATORS`.
         estimator_settings: its settings.
         trainer: horizons, meta-loss, meta-optimizer, numbers of steps.
-        test_families: label -> family, beside the training families, that the result is reported on: shapes and kinds
-            that training never saw.
+        test_families: label -> family that the result is reported on, on meta-test tasks; empty for the training
+            families.
         baselines: what it is compared with, names in `learned_opt.evaluation.BASELINES`; empty for no evaluation.
         evaluation: how it is compared.
         tracking: Weights & Biases.

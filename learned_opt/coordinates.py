@@ -158,6 +158,7 @@ class Entry:
         grad: flat, [n].
         state: the optimizer's state of the parameter.
         step: how many steps the parameter has had before this one.
+        update: where to put the update, flat [n], instead of moving the parameter; None to move it.
     """
 
     key: torch.Tensor
@@ -165,6 +166,7 @@ class Entry:
     grad: torch.Tensor
     state: dict[str, Any]
     step: float
+    update: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +192,14 @@ class Chunk:
         rows: state [num_rows, n], a view.
         params, grads: flat pieces, n coordinates in all.
         steps: step count of each piece.
+        updates: where to put the update, flat pieces; empty to move the parameters.
     """
 
     rows: torch.Tensor
     params: list[torch.Tensor]
     grads: list[torch.Tensor]
     steps: list[float]
+    updates: list[torch.Tensor]
 
 
 def plan(entries: Sequence[Entry], chunk_size: int) -> Iterator[list[Entry]]:
@@ -221,43 +225,98 @@ def chunks(entries: Sequence[Entry], blocks: Blocks, keys: Sequence[str], chunk_
     for members in plan(entries, chunk_size):
         block = blocks.of([e.key for e in members], [e.state for e in members], keys)
         if len(members) > 1 or members[0].param.numel() <= chunk_size:
-            yield Chunk(block.rows, [e.param for e in members], [e.grad for e in members], [e.step for e in members])
+            updates = [e.update for e in members if e.update is not None]
+            pieces = [e.param for e in members], [e.grad for e in members], [e.step for e in members]
+            yield Chunk(block.rows, *pieces, updates)
             continue
         (entry,) = members
         cut = (block.rows.split(chunk_size, 1), entry.param.split(chunk_size), entry.grad.split(chunk_size))
-        for rows, param, grad in zip(*cut):
-            yield Chunk(rows, [param], [grad], [entry.step])
+        targets = [[]] * len(cut[1]) if entry.update is None else [[u] for u in entry.update.split(chunk_size)]
+        for rows, param, grad, updates in zip(*cut, targets):
+            yield Chunk(rows, [param], [grad], [entry.step], updates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """An update rule ready to run on chunks of one device.
+
+    Attributes:
+        rule, layout: the rule and the rows of its state.
+        theta: its meta-parameters, on the device and of `dtype`.
+        dtype: what is computed in.
+        rates: what is done with the updates.
+    """
+
+    rule: UpdateRule
+    layout: StateLayout
+    theta: Tensors
+    dtype: torch.dtype
+    rates: Rates
+
+    def step(self, work: Sequence[Chunk]) -> None:
+        """Take one step of the rule on every chunk: moves parameters and state."""
+        self._run(self._stepper, work)
+
+    def propose(self, work: Sequence[Chunk]) -> int:
+        """Put the updates where the chunks say, zero where an update or the new state is not finite; moves state alone.
+
+        Returns:
+            The number of such coordinates; their state is left as it was.
+        """
+        num_frozen: list[int] = []
+        self._run(lambda: self._proposer(num_frozen), work)
+        return sum(num_frozen)
+
+    def _run(self, make: Callable[[], Callable[[Chunk], None]], work: Sequence[Chunk]) -> None:
+        if not work:
+            return
+        device = work[0].rows.device.type
+        num_threads = min(torch.get_num_threads(), len(work)) if device == "cpu" else 1
+        with torch.autocast(device, enabled=False):
+            workers.run(work, make, num_threads)
+
+    def _inputs(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tensors]:
+        """Gradients and parameters [n], the state's rows [num_rows, n], and the rule's state, views of the rows."""
+        grads, params = _gather(chunk.grads, self.dtype), _gather(chunk.params, self.dtype)
+        rows = chunk.rows.to(self.dtype)
+        state = self.layout.to_rule(rows, _step_counts(chunk, self.layout, grads))
+        return -grads if self.rates.maximize else grads, params, rows, state
+
+    def _stepper(self) -> Callable[[Chunk], None]:
+        scratch: Scratch = {}
+        lr, keep = self.rates.lr, 1 - self.rates.lr * self.rates.weight_decay
+
+        def step(chunk: Chunk) -> None:
+            grads, params, rows, state = self._inputs(chunk)
+            update = update_(self.rule, self.theta, grads, params, state, scratch)
+            if rows is not chunk.rows:
+                chunk.rows.copy_(rows)
+            if params is chunk.params[0]:
+                params.mul_(keep).add_(update, alpha=lr) if keep != 1 else params.add_(update, alpha=lr)
+                return
+            # Parameters of lower precision are rounded once, here.
+            moved = torch.add(params * keep, update, alpha=lr)
+            torch._foreach_copy_(chunk.params, list(moved.split([p.numel() for p in chunk.params])))
+
+        return step
+
+    def _proposer(self, num_frozen: list[int]) -> Callable[[Chunk], None]:
+        def propose(chunk: Chunk) -> None:
+            grads, params, rows, state = self._inputs(chunk)
+            update, new_state = self.rule.update(self.theta, grads, params, state)
+            new_rows = self.layout.from_rule(new_state, grads.shape[0]).to(rows)
+            sound = update.isfinite() & new_rows.isfinite().all(0)
+            chunk.rows.copy_(torch.where(sound, new_rows, rows))
+            update = torch.where(sound, update, 0.0)
+            torch._foreach_copy_(chunk.updates, list(update.split([u.numel() for u in chunk.updates])))
+            num_frozen.append(int((~sound).sum()))
+
+        return propose
 
 
 def _gather(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """One flat tensor of this dtype with the contents of all; where there is one tensor of this dtype, that one."""
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
-
-
-def stepper(
-    rule: UpdateRule, layout: StateLayout, theta: Tensors, dtype: torch.dtype, rates: Rates
-) -> Callable[[Chunk], None]:
-    """A function that takes one step of the rule on a chunk, computing in `dtype`; for one thread at a time."""
-    scratch: Scratch = {}
-
-    def step(chunk: Chunk) -> None:
-        grads, params = _gather(chunk.grads, dtype), _gather(chunk.params, dtype)
-        if rates.maximize:
-            grads = -grads
-        rows = chunk.rows.to(dtype)
-        state = layout.to_rule(rows, _step_counts(chunk, layout, grads))
-        update = update_(rule, theta, grads, params, state, scratch)
-        if rows is not chunk.rows:
-            chunk.rows.copy_(rows)
-        if len(chunk.params) == 1 and params is chunk.params[0]:
-            if rates.weight_decay:
-                params.mul_(1 - rates.lr * rates.weight_decay)
-            params.add_(update, alpha=rates.lr)
-            return
-        moved = torch.add(params * (1 - rates.lr * rates.weight_decay), update, alpha=rates.lr)
-        torch._foreach_copy_(chunk.params, list(moved.split([p.numel() for p in chunk.params])))
-
-    return step
 
 
 def _step_counts(chunk: Chunk, layout: StateLayout, like: torch.Tensor) -> torch.Tensor | None:
@@ -267,20 +326,3 @@ def _step_counts(chunk: Chunk, layout: StateLayout, like: torch.Tensor) -> torch
     if len(set(chunk.steps)) == 1:
         return like.new_full((1,), chunk.steps[0])
     return torch.cat([like.new_full((p.numel(),), s) for p, s in zip(chunk.params, chunk.steps)])
-
-
-def step_entries(
-    entries: Sequence[Entry],
-    blocks: Blocks,
-    rule: UpdateRule,
-    layout: StateLayout,
-    theta: Tensors,
-    dtype: torch.dtype,
-    rates: Rates,
-    chunk_size: int,
-) -> None:
-    """One step of the rule on the entries, which are on one device; on several threads where there is enough to do."""
-    work = list(chunks(entries, blocks, layout.keys, chunk_size))
-    on_cpu = entries[0].param.device.type == "cpu"
-    num_threads = min(torch.get_num_threads(), len(work)) if on_cpu else 1
-    workers.run(work, lambda: stepper(rule, layout, theta, dtype, rates), num_threads)

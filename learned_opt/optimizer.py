@@ -11,18 +11,31 @@ move them (`learned_opt.coordinates`). Where it differs from the optimizers of t
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from learned_opt import artifact as artifacts
+from learned_opt import guard as guards
+from learned_opt import guarded, optimizer_state, traced
 from learned_opt.artifact import Artifact
-from learned_opt.coordinates import STEP, Blocks, Entry, Rates, StateLayout, default_chunk_size, local, step_entries
+from learned_opt.coordinates import (
+    STEP,
+    Blocks,
+    Chunk,
+    Entry,
+    Program,
+    Rates,
+    StateLayout,
+    chunks,
+    default_chunk_size,
+    local,
+)
+from learned_opt.guard import GuardConfig, Watch
 from learned_opt.task import Tensors
 
 PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -46,6 +59,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         state_dtype: how state is stored; by default float32 (float64 for float64 parameters). torch.bfloat16 halves it.
         chunk_size: coordinates per call of the rule, which bounds the memory of temporaries; None for as many as fit
             into a core's cache.
+        guard: whether to guard against ruin, at 12 more bytes a parameter; see `learned_opt.guard`, and pass the loss
+            to `step`. Not for sharded parameters and compiled steps.
+
+    Attributes:
+        watch: what the guard has seen and done; None without one.
 
     Raises:
         ValueError: an argument out of range, or weights that cannot be used.
@@ -62,12 +80,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
+        guard: bool | GuardConfig = False,
     ) -> None:
         if state_dtype is not None and state_dtype not in STATE_DTYPES:
             names = ", ".join(map(str, STATE_DTYPES))
             raise ValueError(f"state_dtype must be None or one of {names}; got {state_dtype}")
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be None or a number of coordinates, at least 1; got {chunk_size!r}")
+        if not isinstance(guard, (bool, GuardConfig)):
+            raise ValueError(f"guard must be True, False or a GuardConfig; got {guard!r}")
+        self.guard = (guard if isinstance(guard, GuardConfig) else GuardConfig()) if guard else None
+        self.watch = Watch() if guard else None
         self.state_dtype = state_dtype
         self.chunk_size = chunk_size
         self.artifacts: dict[str, Artifact] = {}
@@ -162,66 +185,99 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for key in layout.keys:
             state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
         state[STEP] = torch.zeros((), dtype=torch.float32)
+        if self.guard is not None:
+            if hasattr(param, "to_local"):
+                raise ValueError(
+                    "the guard does not support sharded parameters (DTensor); build the optimizer without it"
+                )
+            guards.init_state(state, param, dtype)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: float | torch.Tensor | None = None) -> Any:
         """One step for every parameter that has a gradient.
 
         Args:
             closure: clears the gradients, evaluates the loss, calls backward and returns the loss.
+            loss: the loss that the gradients belong to, for the guard; a closure gives it anyway.
 
         Returns:
             What the closure returned; None without one.
+
+        Raises:
+            RuntimeError: a guarded step is to be compiled.
         """
-        loss = None
+        result = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                result = closure()
+        compiling = torch.compiler.is_compiling()
+        if compiling and self.guard is not None:
+            raise RuntimeError("a guarded step cannot be compiled; leave optimizer.step() out of torch.compile")
         work = []
         for group in self.param_groups:
             params: list[torch.Tensor] = []
             grads: list[torch.Tensor] = []
             rows: list[torch.Tensor] = []
             steps: list[torch.Tensor] = []
-            self._init_group(group, params, grads, rows, steps, torch.compiler.is_compiling())
-            if torch.compiler.is_compiling():
+            self._init_group(group, params, grads, rows, steps, compiling)
+            if compiling:
                 self._step_traced(group, params, grads, rows, steps)
-            else:
+            elif float(group["lr"]) != 0:
                 work.append((group, params, [dense(p, g) for p, g in zip(params, grads)], steps))
+        if work and self.guard is not None:
+            self._step_guarded(work, result if closure is not None else loss)
+            return result
         for group, params, grads, steps in work:
-            self._step_group(group, params, grads, steps)
-        return loss
+            for entries, program in self._programs(group, params, grads, steps):
+                program.step(self._chunks(entries, program))
+                _put_back(entries)
+            if steps:
+                torch._foreach_add_(steps, 1)
+        return result
 
-    def _step_group(
-        self,
-        group: dict[str, Any],
-        params: list[torch.Tensor],
-        grads: list[torch.Tensor],
-        steps: list[torch.Tensor],
-    ) -> None:
-        rates = Rates(float(group["lr"]), group["weight_decay"], group["maximize"])
-        if rates.lr == 0:
-            return
-        layout, rule = self._layout(group), self._artifact(group).rule
+    def _programs(
+        self, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], steps: Sequence[Any]
+    ) -> list[tuple[list[Entry], Program]]:
+        """The parameters as coordinates, by device and computing dtype, each with what to run on them."""
         buckets: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
-        scattered: list[tuple[torch.Tensor, torch.Tensor]] = []
         for param, grad, step in zip(params, grads, steps):
-            here = local(param)
+            here = local(param).detach()
             if here.numel():
-                flat = here.detach().reshape(-1)
-                if not here.is_contiguous():
-                    scattered.append((here, flat))
-                entry = Entry(param, flat, grad.reshape(-1), self.state[param], float(step))
+                entry = Entry(param, here.reshape(-1), grad.reshape(-1), self.state[param], float(step))
                 buckets[here.device, compute_dtype(here)].append(entry)
-        chunk_size = self.chunk_size or default_chunk_size(len(layout.keys))
-        for (device, dtype), entries in buckets.items():
-            theta = self._theta(group, device, dtype)
-            with torch.autocast(device.type, enabled=False):
-                step_entries(entries, self._blocks, rule, layout, theta, dtype, rates, chunk_size)
-        for here, flat in scattered:
-            here.copy_(flat.view(here.shape))
-        if steps:
-            torch._foreach_add_(steps, 1)
+        rule, layout = self._artifact(group).rule, self._layout(group)
+        rates = Rates(float(group["lr"]), group["weight_decay"], group["maximize"])
+        return [
+            (entries, Program(rule, layout, self._theta(group, device, dtype), dtype, rates))
+            for (device, dtype), entries in buckets.items()
+        ]
+
+    def _chunks(self, entries: Sequence[Entry], program: Program) -> list[Chunk]:
+        keys = program.layout.keys
+        return list(chunks(entries, self._blocks, keys, self.chunk_size or default_chunk_size(len(keys))))
+
+    def _step_guarded(self, work: Sequence[Any], loss: float | torch.Tensor | None) -> None:
+        assert self.guard is not None and self.watch is not None
+        if loss is not None:
+            before = self.watch.num_fallbacks
+            action = self.watch.observe(float(loss) * (-1 if self.param_groups[0]["maximize"] else 1), self.guard)
+            for param, state in self.state.items():
+                if action != "go on" and guards.ACCEPTED in state:
+                    (guards.accept if action == "accept" else guards.restore)(param, state)
+            if self.watch.num_fallbacks > before == 0:
+                guards.announce()
+            if action == "restore":
+                return  # The gradients belong to the point that was left.
+        learned = self.watch.learned
+        proposals = [
+            pair for group, params, grads, steps in work for pair in self._programs(group, params, grads, steps)
+        ]
+        if guarded.step(proposals, lambda e, p: p.propose(self._chunks(e, p)), self.watch, self.guard):
+            for entries, _ in proposals:
+                _put_back(entries)
+            for _, _, _, steps in work:
+                if steps and learned:
+                    torch._foreach_add_(steps, 1)
 
     def _step_traced(
         self,
@@ -231,35 +287,17 @@ class LearnedOptimizer(torch.optim.Optimizer):
         rows: list[torch.Tensor],
         steps: list[torch.Tensor],
     ) -> None:
-        """`_step_group` for `torch.compile`: no number leaves its tensor, and the rule is called once a parameter."""
-        lr, decay = group["lr"], group["weight_decay"]
+        lr, decay, maximize = group["lr"], group["weight_decay"], group["maximize"]
         if not isinstance(lr, torch.Tensor) and lr == 0:
             return
         layout, rule = self._layout(group), self._artifact(group).rule
         for k, (param, grad) in enumerate(zip(params, grads)):
-            if param.numel() == 0:
-                continue
-            dtype = compute_dtype(param)
-            of_param = rows[k * len(layout.keys) : (k + 1) * len(layout.keys)]
-            old = (
-                torch.cat([row.reshape(-1) for row in of_param] or [param.new_empty(0)])
-                .to(dtype)
-                .view(-1, param.numel())
-            )
-            step = steps[k].to(param.device, dtype).view(1) if layout.has_step else None
-            flat_grad = grad.reshape(-1).to(dtype)
-            flat_param = param.reshape(-1).to(dtype)
-            theta = self._theta(group, param.device, dtype)
-            with torch.autocast(param.device.type, enabled=False):
-                update, state = rule.update(
-                    theta, -flat_grad if group["maximize"] else flat_grad, flat_param, layout.to_rule(old, step)
+            if param.numel():
+                mine = rows[k * len(layout.keys) : (k + 1) * len(layout.keys)]
+                theta = self._theta(group, param.device, compute_dtype(param))
+                traced.step_param(
+                    param, grad, mine, steps[k], rule, layout, theta, lr=lr, weight_decay=decay, maximize=maximize
                 )
-            new = layout.from_rule(state, param.numel())
-            if isinstance(lr, torch.Tensor):
-                new = torch.where(lr == 0, old, new)
-            param.copy_((flat_param * (1 - lr * decay) + lr * update).view(param.shape))
-            for row, value in zip(of_param, new.unbind(0)):
-                row.copy_(value.view(param.shape))
         if steps:
             torch._foreach_add_(steps, (lr != 0).to(torch.float32) if isinstance(lr, torch.Tensor) else 1)
 
@@ -279,6 +317,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state by parameter index, and the groups; state tensors have memory of their own and are not copied."""
         self._blocks.unpack(self.state)
+        if self.watch is not None:
+            self.param_groups[0]["guard"] = self.watch.dumps()
         return super().state_dict()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -300,35 +340,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
             handle.remove()
             self._incoming = None
 
-    def _adopt(self, group: dict[str, Any], param: torch.Tensor, index: int, saved: dict[str, Any]) -> dict[str, Any]:
-        """A copy of one parameter's saved state, in this optimizer's dtype and on the parameter's device."""
-        layout = self._layout(group)
-        expected = [*layout.keys, STEP]
-        missing, unknown = [key for key in expected if key not in saved], [key for key in saved if key not in expected]
-        if missing or unknown:
-            what = f"has no {missing[0]!r}" if missing else f"has {unknown[0]!r}, which these weights do not keep"
-            raise ValueError(
-                f"the state of parameter {index} {what}: it was saved by another optimizer than {group['weights']}"
-            )
-        out: dict[str, Any] = {}
-        for key in layout.keys:
-            value = saved[key]
-            if not isinstance(value, torch.Tensor) or value.shape != param.shape:
-                got = tuple(value.shape) if isinstance(value, torch.Tensor) else value
-                raise ValueError(
-                    f"the state {key!r} of parameter {index} must be a tensor of the parameter's shape "
-                    f"{tuple(param.shape)}; got {got}: it belongs to another model"
-                )
-            if hasattr(param, "to_local") != hasattr(value, "to_local"):
-                raise ValueError(
-                    f"parameter {index} and its state must both be sharded (DTensor) or both be plain tensors; load "
-                    "it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-                )
-            moved = value.to(param.device, self._row_dtype(param))
-            out[key] = moved.clone(memory_format=torch.contiguous_format) if moved is value else moved
-        out[STEP] = torch.as_tensor(saved[STEP], dtype=torch.float32).detach().cpu().reshape(()).clone()
-        return out
-
 
 def _take_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
     """Check a state dictionary and put its state, converted, aside; returns the dictionary without it."""
@@ -336,28 +347,21 @@ def _take_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
         return None  # torch says what is wrong
-    new_groups = []
+    new_groups, owners = [], []
     for group, saved in zip(groups, saved_groups):
         mine = optimizer._artifact(group).identity
-        theirs = saved.get("weights", mine)
-        if str(theirs).rpartition("@")[2] != mine.rpartition("@")[2]:
-            raise ValueError(
-                f"this state was saved under the learned weights {theirs}, but the optimizer runs {mine}; "
-                "build it with the same exported file, or train on without the old state"
-            )
+        optimizer_state.check_weights(saved, mine)
         values = {key: group[key] for key in optimizer.defaults}
         new_groups.append({**values, **saved, "weights": mine})
-    ids = itertools.chain.from_iterable(g["params"] for g in saved_groups)
-    owners = [(group, param) for group in groups for param in group["params"]]
-    known = dict(zip(ids, owners))
-    incoming: defaultdict[Any, Any] = defaultdict(dict)
-    for index, saved in state_dict["state"].items():
-        if index not in known:
-            incoming[index] = saved
-        elif saved:
-            group, param = known[index]
-            incoming[param] = optimizer._adopt(group, param, index, saved)
-    optimizer._incoming = incoming
+        keys, guarded_too = optimizer._layout(group).keys, optimizer.guard is not None
+        for p in group["params"]:
+            dtype = optimizer._row_dtype(p)
+            owners.append(optimizer_state.Owner(param=p, weights=mine, keys=keys, dtype=dtype, guarded=guarded_too))
+    watch = new_groups[0].pop("guard", None)
+    indices = [index for saved in saved_groups for index in saved["params"]]
+    optimizer._incoming = optimizer_state.adopt_all(state_dict["state"], indices, owners)
+    if optimizer.watch is not None and watch is not None:
+        optimizer.watch = Watch.loads(watch)
     return {**state_dict, "state": {}, "param_groups": new_groups}
 
 
@@ -381,6 +385,14 @@ def _check_param(param: torch.Tensor, index: int) -> None:
         raise ValueError(f"parameter {index} of the group is {param.dtype}; parameters must be one of {names}{hint}")
     if param.layout != torch.strided:
         raise ValueError(f"parameter {index} of the group has layout {param.layout}; parameters must be dense")
+
+
+def _put_back(entries: Iterable[Entry]) -> None:
+    """Write the result into parameters whose memory is not one stretch, of which the entries hold copies."""
+    for entry in entries:
+        here = local(entry.key).detach()
+        if not here.is_contiguous():
+            here.copy_(entry.param.view(here.shape))
 
 
 def compute_dtype(param: torch.Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,26 @@ class RunFolder:
         self.results = self.path / "results.json"
         self.picture = self.path / "curves.png"
         self._lock: Any = None
+
+    @classmethod
+    def new(cls, parent: Path, stem: str) -> RunFolder:
+        """Make parent/stem, or parent/stem-2, parent/stem-3, …: the first name that nobody has taken.
+
+        Raises:
+            ValueError: the folder cannot be made.
+        """
+        for number in itertools.count(1):
+            path = parent / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise ValueError(
+                    f"cannot make the run folder {path}: {error.strerror}; name another with --run-dir"
+                ) from error
+            return cls(path)
+        raise AssertionError("unreachable")
 
     def load_config(self) -> RunConfig:
         """The configuration the run was started with.
