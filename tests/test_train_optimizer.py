@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def in_process(monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_optimizer.py", *arguments])
         status = train_optimizer.main()
-        return status, capsys.readouterr().err
+        said = capsys.readouterr()
+        return status, said.out + said.err
 
     return call
 
@@ -88,6 +90,10 @@ def undisturbed(tmp_path_factory):
     done = run("--config", config_file(folder), "--run-dir", str(folder / "run"))
     assert done.returncode == 0, done.stderr
     return folder / "run"
+
+
+def hash_of(folder):
+    return load_artifact(folder / "optimizer.safetensors").hash
 
 
 def final_state(folder):
@@ -106,13 +112,10 @@ def test_a_run_leaves_what_it_promises(undisturbed):
     assert len(list((undisturbed / "checkpoints").glob("best-*.pt"))) == 1
 
 
-def test_the_written_config_reproduces_the_run(undisturbed, tmp_path):
-    done = run("--config", str(undisturbed / "config.yaml"), "--run-dir", str(tmp_path / "again"))
-    assert done.returncode == 0, done.stderr
-    assert (
-        load_artifact(tmp_path / "again" / "optimizer.safetensors").hash
-        == load_artifact(undisturbed / "optimizer.safetensors").hash
-    )
+def test_the_written_config_reproduces_the_run(in_process, undisturbed, tmp_path):
+    status, said = in_process("--config", str(undisturbed / "config.yaml"), "--run-dir", str(tmp_path / "again"))
+    assert status == 0, said
+    assert hash_of(tmp_path / "again") == hash_of(undisturbed)
 
 
 def test_killed_at_random_and_resumed_ends_with_the_same_bits(undisturbed, tmp_path):
@@ -137,14 +140,11 @@ def test_killed_at_random_and_resumed_ends_with_the_same_bits(undisturbed, tmp_p
     for label, particles in want["estimators"].items():
         assert torch.equal(particles["params"], got["estimators"][label]["params"])
         assert particles["seeds"] == got["estimators"][label]["seeds"]
-    assert (
-        load_artifact(folder / "optimizer.safetensors").hash
-        == load_artifact(undisturbed / "optimizer.safetensors").hash
-    )
+    assert hash_of(folder) == hash_of(undisturbed)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_resume(undisturbed, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_resume(in_process, undisturbed, tmp_path, number):
     folder = tmp_path / "run"
     process = start("--config", config_file(tmp_path), "--run-dir", str(folder))
     wait_for_step(folder, 3, process)
@@ -156,48 +156,41 @@ def test_a_signal_saves_and_says_how_to_resume(undisturbed, tmp_path, number):
     assert final_state(folder)["outer_step"] == stopped_at
     done = run("--resume", str(folder))
     assert done.returncode == 0, done.stderr
-    assert (
-        load_artifact(folder / "optimizer.safetensors").hash
-        == load_artifact(undisturbed / "optimizer.safetensors").hash
-    )
+    assert hash_of(folder) == hash_of(undisturbed)
 
 
-def test_a_damaged_checkpoint_is_an_error_and_falls_back_when_asked(undisturbed, tmp_path):
+def test_a_damaged_checkpoint_is_an_error_and_falls_back_when_asked(in_process, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    process = start("--config", config_file(tmp_path), "--run-dir", str(folder))
-    wait_for_step(folder, 9, process)
-    process.kill()
-    process.communicate()
+    shutil.copytree(undisturbed, folder)
+    (folder / "optimizer.safetensors").unlink()
     newest = CheckpointFolder(folder / "checkpoints").latest()
     newest.write_bytes(newest.read_bytes()[:-100])
-    refused = run("--resume", str(folder))
-    assert refused.returncode == 2
-    assert "is damaged" in refused.stderr and "--fall-back" in refused.stderr
-    done = run("--resume", str(folder), "--fall-back")
-    assert done.returncode == 0, done.stderr
-    assert (
-        load_artifact(folder / "optimizer.safetensors").hash
-        == load_artifact(undisturbed / "optimizer.safetensors").hash
-    )
+    status, said = in_process("--resume", str(folder))
+    assert status == 2
+    assert "is damaged" in said and "--fall-back" in said
+    status, said = in_process("--resume", str(folder), "--fall-back")
+    assert status == 0, said
+    assert hash_of(folder) == hash_of(undisturbed)
 
 
-def test_run_folders_are_numbered_when_none_is_named(tmp_path):
+def test_run_folders_are_numbered_when_none_is_named(in_process, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     path = config_file(tmp_path, trainer={**SMALL["trainer"], "outer_steps": 1})
     for name in ("small", "small-2"):
-        done = run("--config", path, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert f"run folder: runs/{name}\n" in done.stdout
+        status, said = in_process("--config", path)
+        assert status == 0, said
+        assert f"run folder: runs/{name}\n" in said
         assert (tmp_path / "runs" / name / "optimizer.safetensors").is_file()
 
 
-def test_evaluation_writes_table_results_and_picture(tmp_path):
+def test_evaluation_writes_table_results_and_picture(in_process, tmp_path):
     small = {**SMALL["trainer"], "outer_steps": 2}
     evaluation = {"horizon": 6, "num_tasks": 3, "seeds": [0, 1], "num_validation_tasks": 2, "num_resamples": 50}
     path = config_file(tmp_path, trainer=small, baselines=["sgd", "adam"], evaluation=evaluation)
     unseen = "{normal: {name: quadratic, dim: 3}, unseen: {name: quadratic, dim: 4}}"
-    done = run("--config", path, "--run-dir", str(tmp_path / "run"), "--test-families", unseen)
-    assert done.returncode == 0, done.stderr
-    assert "final / adam" in done.stdout and "unseen" in done.stdout
+    status, said = in_process("--config", path, "--run-dir", str(tmp_path / "run"), "--test-families", unseen)
+    assert status == 0, said
+    assert "final / adam" in said and "unseen" in said
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {(r["family"], r["optimizer"]) for r in results["results"]} == {
         (f, o) for f in ("normal", "unseen") for o in ("learned", "sgd", "adam")
