@@ -15,13 +15,16 @@ from typing import Any, cast
 from learned_opt.task import TaskFamily
 from tasks.analytic import Ackley, Plateau, Rastrigin, Rosenbrock, Saddle
 from tasks.augment import ConvexMixing, GradientNoise, LossScaling, Reparametrized, SmallerBatches
+from tasks.control import CartPole, Pendulum
 from tasks.data.grouped import GroupedData
+from tasks.forecasting import Forecasting
 from tasks.image_autoencoder import ImageAutoencoder
 from tasks.image_conv import ImageConv
 from tasks.image_mlp import ImageMLP
 from tasks.linear import Lasso, LogisticRegression, MatrixFactorization, SpectrumQuadratic
 from tasks.module import ModuleFamily
 from tasks.quadratic import Quadratic
+from tasks.recommendation import Recommendation
 from tasks.sinusoid import Sinusoid
 from tasks.tabular import Tabular
 from tasks.text import CharRNN, CharTransformer
@@ -48,6 +51,10 @@ FAMILIES: dict[str, type[TaskFamily]] = {
         CharRNN,
         CharTransformer,
         Sinusoid,
+        Recommendation,
+        Forecasting,
+        Pendulum,
+        CartPole,
         Reparametrized,
         LossScaling,
         GradientNoise,

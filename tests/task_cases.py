@@ -45,6 +45,11 @@ CASES: dict[str, dict[str, Any]] = {
     "char_rnn-gru": {"name": "char_rnn", "hidden": 4, "length": 5, "batch_size": 3, "cell": "gru"},
     "char_transformer": {"name": "char_transformer", "width": 4, "length": 5, "batch_size": 3, "num_layers": 2},
     "sinusoid": {"name": "sinusoid", "hidden": [5, 4], "num_shots": 4, "num_queries": 7},
+    "recommendation": {"name": "recommendation", "num_users": 6, "num_items": 5, "rank": 2, "num_ratings": 12},
+    "forecasting": {"name": "forecasting", "length": 80, "num_lags": 6, "hidden": [4], "batch_size": 5},
+    "forecasting-finance": {"name": "forecasting", "length": 80, "num_lags": 6, "hidden": [], "kind": "finance"},
+    "pendulum": {"name": "pendulum", "hidden": [3], "num_steps": 6, "batch_size": 3},
+    "cart_pole": {"name": "cart_pole", "hidden": [3], "num_steps": 6, "batch_size": 3},
     "reparametrized": {"name": "reparametrized", "family": _DIGITS},
     "reparametrized-global": {"name": "reparametrized", "family": _QUADRATIC, "scope": "global", "log_range": 1.0},
     "reparametrized-tensor": {"name": "reparametrized", "family": _DIGITS, "scope": "tensor", "probability": 0.5},
@@ -89,6 +94,12 @@ def sampled_module() -> tasks.ModuleFamily:
 
 
 OWN = {"module-grouped": grouped_module, "module-sampled": sampled_module}
+SHARED_ROWS = [
+    label
+    for label in [*CASES, *OWN]
+    if "image_" in str(CASES.get(label, "")) or label.startswith(("tabular", "module-grouped"))
+]
+"""Those whose tasks share rows of numbers under the name "inputs"."""
 LABELS = [*CASES, *OWN]
 
 

@@ -358,6 +358,124 @@ def test_sinusoids_have_the_stated_ranges_and_reference_loss():
     assert task["x"].shape == (10, 1) and task["query_x"].shape == (100, 1)
 
 
+def test_the_pendulum_keeps_its_energy_without_torque():
+    family = tasks.get("pendulum")
+    machine = torch.tensor([1.3, 0.8], dtype=torch.float64)
+    state = torch.tensor([[2.0, 0.5], [3.0, -1.0]], dtype=torch.float64)
+
+    def energy(state):
+        return 0.5 * (0.8 * state[:, 1]) ** 2 + 9.81 * 0.8 * state[:, 0].cos()
+
+    before, idle = energy(state), torch.zeros(2, dtype=torch.float64)
+    for _ in range(200):  # the method's steps of 0.05 s oscillate around the true energy and do not drift
+        state, cost = family.step(state, idle, machine)
+        assert ((energy(state) - before).abs() < 1.0).all()
+        assert (cost >= 0).all()
+
+
+def test_the_cart_pole_obeys_lagranges_equations():
+    family = tasks.get("cart_pole")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        state = torch.randn(1, 4, generator=generator, dtype=torch.float64)
+        action = torch.randn(1, generator=generator, dtype=torch.float64)
+        factors = torch.rand(3, generator=generator, dtype=torch.float64) + 0.5
+        cart, pole, half = float(factors[0]), 0.1 * float(factors[1]), 0.5 * float(factors[2])
+        _, velocity, angle, spin = (float(v) for v in state[0])
+        # Mass matrix times accelerations = forces, for a uniform pole (moment of inertia 4/3 m l² about its end).
+        coupling = pole * half * math.cos(angle)
+        mass = torch.tensor([[cart + pole, coupling], [coupling, 4 / 3 * pole * half**2]], dtype=torch.float64)
+        forces = torch.tensor(
+            [10 * float(action) + pole * half * spin**2 * math.sin(angle), pole * 9.81 * half * math.sin(angle)],
+            dtype=torch.float64,
+        )
+        want = torch.linalg.solve(mass, forces)
+        after, _ = family.step(state, action, factors)
+        assert float(after[0, 1] - velocity) / 0.02 == pytest.approx(float(want[0]), rel=1e-9)
+        assert float(after[0, 3] - spin) / 0.02 == pytest.approx(float(want[1]), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["pendulum", "cart_pole"])
+def test_a_policy_learns_to_beat_doing_nothing(name):
+    family = tasks.get(name)
+    task, params = draw_task(family, "meta_train", SEEDS[0])
+    weights = [v.requires_grad_() for v in params.values()]
+    adam = torch.optim.Adam(weights, lr=2e-2)
+    batches = draw_batches(family, task, SEEDS[0], 0, 40)
+    for starts in batches["starts"]:
+        adam.zero_grad()
+        family.loss(params, task, {"starts": starts}).backward()
+        adam.step()
+    metrics = family.eval_metrics({n: v.detach() for n, v in params.items()}, task)
+    assert metrics["test_loss"] < 0.9 * metrics["idle_loss"]
+
+
+def test_traffic_is_season_trend_and_noise_of_the_stated_variance():
+    family = tasks.get("forecasting")
+    ratios = []
+    for seed in SEEDS:
+        _, task = drawn(family, seed)
+        hours = torch.arange(672, dtype=torch.float64)
+        waves = [24, 12, 8, 168, 84]
+        columns = [torch.ones_like(hours), hours / 672]
+        columns += [f(2 * math.pi * hours / p) for p in waves for f in (torch.sin, torch.cos)]
+        design = torch.stack(columns, dim=1)
+        residual = task["series"] - design @ torch.linalg.lstsq(design, task["series"]).solution
+        ratios.append(float(residual.square().sum() / (672 - design.shape[1]) / task["noise_variance"]))
+        assert float(task["series"][:504].mean()) == pytest.approx(0, abs=1e-5)
+        assert float(task["series"][:504].var()) == pytest.approx(1, rel=1e-5)
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=4 * math.sqrt(2 / 660 / len(SEEDS)))
+
+
+def test_finance_has_regimes_that_last():
+    family = tasks.get("forecasting", kind="finance", length=4000)
+    tasks_drawn = [drawn(family, seed)[1] for seed in SEEDS]
+    variances = [float(F.avg_pool1d(t["series"][None], 20, 20)[0].var()) for t in tasks_drawn]
+    # Means of 20 values would have a twentieth of the variance if values were independent.
+    assert min(variances) > 2 / 20
+    assert sum(variances) / len(variances) > 4 / 20
+    assert all(0.2 < float(t["noise_variance"]) < 1 for t in tasks_drawn)
+
+
+def test_forecasts_are_tested_on_the_last_quarter_alone():
+    family = tasks.get("forecasting", length=100, num_lags=5)
+    params, task = drawn(family)
+    windows = draw_batches(family, task, SEEDS[0], 0, 64)["windows"]
+    assert windows.min() == 0 and windows.max() + 5 == 74  # the last training target; values 75 … 99 are held out
+    changed = {**task, "series": task["series"].clone()}
+    changed["series"][:70] = 9.0
+    assert torch.equal(
+        family.eval_metrics(params, changed)["test_loss"], family.eval_metrics(params, task)["test_loss"]
+    )
+
+
+def test_ratings_are_held_out_and_some_users_are_cold_starts():
+    family = tasks.get("recommendation")
+    _, task = drawn(family)
+    pairs = list(zip(task["users"].tolist(), task["items"].tolist()))
+    assert len(set(pairs)) == len(pairs) == 1600
+    counts = torch.bincount(task["users"][:800], minlength=100)
+    assert counts.max() >= 20 and counts.median() <= 7 and counts.min() <= 4
+    halves = [torch.bincount(task["users"][part], minlength=100).double() for part in (slice(800), slice(800, 1600))]
+    assert float(torch.corrcoef(torch.stack(halves))[0, 1]) > 0.7
+
+
+def test_ratings_have_the_stated_variance_and_can_be_learned():
+    family = tasks.get("recommendation")
+    variances = [float(draw_task(family, "meta_train", s)[0]["ratings"].var()) for s in SEEDS]
+    assert sum(variances) / len(variances) == pytest.approx(1.18 + 0.09, rel=0.2)
+    batched = BatchedFamily(family)
+    stacked, params = batched.start("meta_train", SEEDS[:2])
+    before = batched.eval_metrics(params, stacked)["test_loss"]
+    weights = params.clone().requires_grad_()
+    adam = torch.optim.Adam([weights], lr=1e-2)
+    for step in range(300):
+        batch = {n: v[0] for n, v in batched.batches(stacked, SEEDS[:2], [step] * 2, 1).items()}
+        _, weights.grad = batched.losses_and_grads(weights.detach(), stacked, batch)
+        adam.step()
+    assert (batched.eval_metrics(weights.detach(), stacked)["test_loss"] < 0.85 * before).all()
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
@@ -385,6 +503,15 @@ def test_sinusoids_have_the_stated_ranges_and_reference_loss():
         ("char_rnn", {"hidden": 0}, "hidden must be at least 1; got 0"),
         ("char_transformer", {"num_heads": 3}, r"num_heads must divide width \(32\); got 3"),
         ("char_transformer", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
+        ("recommendation", {"rank": 0}, "rank must be at least 1; got 0"),
+        ("recommendation", {"num_ratings": 2501}, "num_ratings must be at most half of num_users · num_items = 5000"),
+        ("recommendation", {"noise": -1.0}, "noise must be non-negative; got -1.0"),
+        ("recommendation", {"init_scale": 0.0}, "init_scale must be positive; got 0.0"),
+        ("forecasting", {"kind": "weather"}, "kind must be one of traffic, finance; got 'weather'"),
+        ("forecasting", {"num_lags": 0}, "num_lags must be at least 1; got 0"),
+        ("forecasting", {"length": 50}, r"length must be at least 4 · \(num_lags \+ 1\) = 100; got 50"),
+        ("pendulum", {"num_steps": 0}, "num_steps must be at least 1; got 0"),
+        ("cart_pole", {"spread": -0.1}, "spread must be non-negative and finite; got -0.1"),
         ("sinusoid", {"num_shots": 0}, "num_shots must be at least 1; got 0"),
     ],
 )
