@@ -150,12 +150,18 @@ class MetaTrainer:
         theta = theta or rule.init_theta(torch.Generator().manual_seed(config.seed))
         self.theta: Tensors = {n: v.detach().clone().to(device, dtype) for n, v in theta.items()}
         self.optimizer = optimizer_class(config.optimizer)(list(self.theta.values()), lr=config.learning_rate)
-        cache: dict[TaskFamily, BatchedFamily] = {}
+        cache: dict[TaskFamily | int, BatchedFamily] = {}
 
         def batched(family: TaskFamily) -> BatchedFamily:
-            if family not in cache:
-                cache[family] = BatchedFamily(family, device=device, dtype=dtype)
-            return cache[family]
+            """Equal families share one; a family with a list among its fields, which has no hash, equals itself."""
+            key: TaskFamily | int = family
+            try:
+                hash(family)
+            except TypeError:
+                key = id(family)
+            if key not in cache:
+                cache[key] = BatchedFamily(family, device=device, dtype=dtype)
+            return cache[key]
 
         plan = EpisodePlan(split="meta_train", run_seed=config.seed, horizons=config.horizons)
         self.work = {

@@ -1,6 +1,7 @@
 """The meta-trainer: resumed it gives the same bits, broken meta-gradients are survived and counted, and it learns."""
 
 import copy
+import dataclasses
 import math
 import re
 
@@ -377,6 +378,23 @@ def test_a_given_theta_is_copied():
     trainer.step()
     assert not same(trainer.theta, theta)
     assert float(theta["log_lr"]) == pytest.approx(math.log(1e-3) + 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listed(Quadratic):
+    """A field without a hash."""
+
+    scales: list[float] = dataclasses.field(default_factory=lambda: [1.0, 2.0])
+
+
+def test_equal_families_share_their_data():
+    trainer = trainer_of("adam", {"a": Quadratic(dim=3), "b": Quadratic(dim=3), "c": Quadratic(dim=2)})
+    assert trainer.work["a"].batched is trainer.work["b"].batched is trainer.validation["a"]
+    assert trainer.work["a"].batched is not trainer.work["c"].batched
+    family = Listed(dim=3)
+    trainer = trainer_of("adam", {"a": family, "b": Listed(dim=3)})
+    assert trainer.validation["a"] is trainer.work["a"].batched is not trainer.work["b"].batched
+    trainer.step()
 
 
 @pytest.mark.parametrize(
