@@ -15,11 +15,11 @@ class Recommendation(TaskFamily):
     """Regularized squared error of predicted ratings.
 
     The loss is the mean over a mini-batch of (r − μ − bᵤ − cᵢ − pᵤ · qᵢ)² plus a penalty. A task is one site: true
-    factors of variance 1/√rank, so that their products have variance 1, and biases N(0, 0.3²) give every user's rating
-    of every item, with noise N(0, noise²). The site has seen `num_ratings` of them, none twice; users differ in how
-    many are theirs, about as 1/k for the k-th most active one, so many are cold starts. `eval_metrics` reports the
-    "test_loss" (squared error without penalty) on as many other ratings. Reference: noise² is the expected loss of the true factors, about
-    1.18 + noise² that of predicting the mean.
+    factors of variance 1/√rank, so that their products have variance 1, and biases N(0, 0.3²) give every user's
+    rating of every item, with noise N(0, noise²). The site has seen `num_ratings` of them, none twice; users differ
+    in how many are theirs, about as 1/k for the k-th most active one, so many are cold starts. `eval_metrics` reports
+    the "test_loss" (squared error without penalty) on as many other ratings. Reference: noise² is the expected loss
+    of the true factors, about 1.18 + noise² that of predicting the mean.
 
     Attributes:
         num_users: at least 1.
