@@ -4,8 +4,8 @@
     python -m benchmarks.estimators cost
 
 `compare` prints a table of `learned_opt.estimators.compare` and writes JSON and a picture beside it. `cost` prints
-inner steps x particles per second and peak memory of every estimator beside plain evaluation of the unroll, each in a
-process of its own.
+inner steps x particles per second of CPU time on one thread, which other programs on the machine disturb little, and
+the peak memory of every estimator, beside plain evaluation of the unroll; each in a process of its own.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def warm_up() -> None:
 def measure_cost(
     family: TaskFamily, label: str, truncation: int, num_particles: int, seconds: float
 ) -> dict[str, float]:
-    """{"inner_steps_per_second", "megabytes"}: the peak beyond what was held before the particles started."""
+    """{"inner_steps_per_cpu_second", "megabytes"}: the peak beyond what was held before the particles started."""
     rule = rules.get("compact")
     theta = rule.init_theta(torch.Generator().manual_seed(0))
     work = estimators.Workload(
@@ -145,12 +145,12 @@ def measure_cost(
 
     once()
     once()
-    steps, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    steps, began = 0, time.process_time()
+    while time.process_time() - began < seconds:
         steps += once()
-    rate = steps / (time.perf_counter() - began)
+    rate = steps / (time.process_time() - began)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"inner_steps_per_second": rate, "megabytes": (after - before) / 1024}
+    return {"inner_steps_per_cpu_second": rate, "megabytes": (after - before) / 1024}
 
 
 def run_cost(arguments: argparse.Namespace) -> None:
@@ -160,7 +160,7 @@ def run_cost(arguments: argparse.Namespace) -> None:
         family = tasks.get(name, **config)
         print(json.dumps(measure_cost(family, label, truncation, arguments.particles, arguments.seconds)))
         return
-    print("| family | truncation | estimator | inner steps x particles / s | of plain | peak memory (MB) |")
+    print("| family | truncation | estimator | inner steps x particles / CPU s | of plain | peak memory (MB) |")
     print("| --- | --- | --- | --- | --- | --- |")
     found = []
     for family_label in COST_FAMILIES:
@@ -171,7 +171,7 @@ def run_cost(arguments: argparse.Namespace) -> None:
                 command += [json.dumps([family_label, label, truncation])]
                 command += ["--particles", str(arguments.particles), "--seconds", str(arguments.seconds)]
                 result = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                rate = result["inner_steps_per_second"]
+                rate = result["inner_steps_per_cpu_second"]
                 floor = floor or rate
                 cells = (
                     family_label,

@@ -198,3 +198,26 @@ def test_bad_arguments(change, message):
     )
     with pytest.raises(ValueError, match=message):
         estimators.compare(rule, NoisyBowl(), theta_of(rule), **{**arguments, **change})
+
+
+def test_compare_command(tmp_path, capsys):
+    from benchmarks.estimators import main
+
+    arguments = "compare --family quadratic --family-field dim=2 --rule adam --rule-setting lr=0.01 --float64"
+    arguments += " --horizon 4 --truncations 2 4 --particles 2 --samples 4 --estimators PES NRES --sigma 0.1"
+    arguments += f" --out {tmp_path / 'deep' / 'result'}"
+    main(arguments.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [[f"| {e}", k] for e in ("PES", "NRES") for k in ("2", "4")]
+    settings = json.loads((tmp_path / "deep" / "result.json").read_text())["settings"]
+    assert (settings["rule_settings"]["lr"], settings["dtype"]) == (0.01, "float64")
+    assert (tmp_path / "deep" / "result.png").stat().st_size > 10_000
+
+
+def test_cost_of_the_floor_and_of_an_estimator():
+    from benchmarks.estimators import PLAIN, measure_cost
+    from tasks.quadratic import Quadratic
+
+    for label in (PLAIN, "PES"):
+        found = measure_cost(Quadratic(dim=1), label, 5, 2, 0.01)
+        assert found["inner_steps_per_cpu_second"] > 0 and found["megabytes"] >= 0

@@ -142,12 +142,18 @@ class AntitheticEstimator(Estimator):
         self.difference = difference
         self.difference_scale = difference_scale
 
-    def pairs_of(self, ids: Sequence[int]) -> list[Pair]:
+    def pairs_of(self, work: Workload, ids: Sequence[int]) -> list[Pair]:
         """The pairs that take the place of particles with these indices.
 
         Raises:
-            ValueError: the number of particles is not a multiple of what one task takes.
+            ValueError: the number of particles is not a multiple of what one task takes, or the meta-loss has no value
+                per particle.
         """
+        if work.meta_loss.normalization == "log_mean":
+            raise ValueError(
+                f"normalization 'log_mean' is of all particles together, and {self.kind} needs a value of each pair; "
+                "choose log, ratio or none, or an estimator that differentiates"
+            )
         group = 2 * self.num_pairs
         if not ids or len(ids) % group:
             below, above = len(ids) // group * group, (len(ids) // group + 1) * group

@@ -30,7 +30,7 @@ class TruncatedES(AntitheticEstimator):
     kind: ClassVar[str] = "es"
 
     def init(self, work: Workload, theta: Tensors, ids: Sequence[int]) -> PairState:
-        pairs = self.pairs_of(ids)
+        pairs = self.pairs_of(work, ids)
         names = [particle for particle, _ in pairs[:: self.num_pairs]]
         return PairState(pairs, start_particles(work.batched, work.rule, work.plan, names))
 

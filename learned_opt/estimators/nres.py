@@ -30,7 +30,7 @@ class NRES(AntitheticEstimator):
     kind: ClassVar[str] = "nres"
 
     def init(self, work: Workload, theta: Tensors, ids: Sequence[int]) -> PairState:
-        pairs = self.pairs_of(ids)
+        pairs = self.pairs_of(work, ids)
         return PairState(pairs, self.start_arms(work, pairs))
 
     def estimate(self, work: Workload, theta: Tensors, state: PairState) -> Estimate:

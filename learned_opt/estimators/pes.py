@@ -31,7 +31,7 @@ class PES(AntitheticEstimator):
     kind: ClassVar[str] = "pes"
 
     def init(self, work: Workload, theta: Tensors, ids: Sequence[int]) -> PairState:
-        pairs = self.pairs_of(ids)
+        pairs = self.pairs_of(work, ids)
         return PairState(
             pairs,
             self.start_arms(work, pairs),
