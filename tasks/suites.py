@@ -1,8 +1,8 @@
 """Suites: named, frozen sets of families, so that results of different rules and recipes can be compared.
 
-"train" and "validation" are small networks of many kinds to meta-train on and to choose a checkpoint by. "test_small" and the
-larger "test" hold whole families and architectures that neither has; they are run on meta-test draws. Nothing is
-downloaded. A suite never changes once released: a new one gets a new name.
+"train" and "validation" are small networks of many kinds to meta-train on and to choose a checkpoint by.
+"test_small" and the larger "test" hold whole families and architectures that neither has; they are run on meta-test
+draws. Nothing is downloaded. A suite never changes once released: a new one gets a new name.
 """
 
 from __future__ import annotations
