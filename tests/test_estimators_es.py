@@ -267,6 +267,9 @@ def test_errors_name_the_argument_and_the_remedy(kind):
         estimators.get(kind).init(work, theta, range(5))
     with pytest.raises(ValueError, match=r"num_particles must be a multiple of 6: .*num_pairs=3 .*; got 4; use 6$"):
         estimators.get(kind, num_pairs=3).init(work, theta, range(4))
+    grouped = workload(work.rule, Parabola(), truncation=2, horizon=4, normalization="log_mean")
+    with pytest.raises(ValueError, match=f"normalization 'log_mean' is of all particles together, and {kind} needs"):
+        estimators.get(kind).init(grouped, theta, range(4))
     with pytest.raises(
         ValueError, match=r"truncation \(5\) must not exceed the longest horizon \(4\); shorten the truncation"
     ):
