@@ -363,6 +363,11 @@ class FromNumpy(nn.Module):
         return x @ self.weight
 
 
+class Noisy(Branches):
+    def forward(self, x):
+        return F.dropout(self.layer(x), 0.5).flatten()
+
+
 class Pair(Branches):
     def forward(self, x):
         return x, x
@@ -394,6 +399,10 @@ class Pair(Branches):
         ({"module": nn.Linear(4, 1)}, r"module failed on a batch of inputs, shape \(32, 3\) of float32: mat1 and mat2"),
         ({"module": Pair()}, r"module must return one tensor with one row per row of inputs .*; got tuple"),
         ({"module": Counts()}, r"module changes its buffer 'calls' when it runs.*call module.eval\(\)"),
+        (
+            {"module": Noisy()},
+            "cannot be batched by torch.func.vmap .*random.*; it must not branch .*draw random numbers",
+        ),
         (
             {"module": Branches()},
             r"cannot be batched by torch.func.vmap \(.*\); it must not branch on the values of tensors",
