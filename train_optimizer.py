@@ -129,7 +129,7 @@ def meta_train(
     checkpoints = CheckpointFolder(folder.checkpoints, keep=settings.keep_checkpoints)
     signals = StopSignals()
     with progress, signals:
-        while trainer.outer_step < settings.trainer.outer_steps and not signals.received:
+        while not trainer.finished and not signals.received:
             before = trainer.totals["inner_steps"]
             metrics = trainer.step()
             rate = progress.update(trainer.outer_step, metrics["meta_loss"], trainer.totals["inner_steps"] - before)
@@ -140,7 +140,7 @@ def meta_train(
                 improved = trainer.best_step == trainer.outer_step
                 progress.validated(trainer.outer_step, metrics["validation"], improved)
             tracker.log(metrics, trainer.outer_step)
-            last = trainer.outer_step == settings.trainer.outer_steps
+            last = trainer.finished
             if improved or last or trainer.outer_step % settings.checkpoint_every == 0 or signals.received:
                 checkpoints.save(trainer.state_dict(), trainer.outer_step, best=improved)
     return signals.received

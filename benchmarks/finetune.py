@@ -20,7 +20,8 @@ import tasks
 from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
 from learned_opt.estimators.statistics import student_quantile
-from learned_opt.meta_trainer import MetaTrainer, MetaTrainerConfig
+from learned_opt.meta_config import MetaTrainerConfig
+from learned_opt.meta_trainer import MetaTrainer
 from learned_opt.particles import EpisodePlan, start_particles
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import TaskFamily, Tensors

@@ -23,7 +23,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from learned_opt import LearnedOptimizer, estimators, rules, save_artifact
-from learned_opt.meta_trainer import MetaTrainer, MetaTrainerConfig
+from learned_opt.meta_config import MetaTrainerConfig
+from learned_opt.meta_trainer import MetaTrainer
 from tasks import GroupedData, ModuleFamily
 from tasks.data.rows import RowRange
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from learned_opt.evaluation import DEFAULT_BASELINES, EvaluationConfig
-from learned_opt.meta_trainer import MetaTrainerConfig
+from learned_opt.meta_config import MetaTrainerConfig
 from learned_opt.tracking import TrackingConfig
 
 if TYPE_CHECKING:

@@ -10,98 +10,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from learned_opt.batched import BatchedFamily, check_device
+from learned_opt.curriculum import Action, CurriculumState, frozen_names
 from learned_opt.estimators.base import Estimate, Estimator, Workload
-from learned_opt.meta_loss import MetaLoss
+from learned_opt.meta_config import MetaTrainerConfig, optimizer_class
 from learned_opt.particles import EpisodePlan, start_particles
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import TaskFamily, Tensors
-from learned_opt.truncation import HorizonSchedule
 from learned_opt.unroll import unroll
 
 _SKIPS_IN_A_ROW = 50
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MetaTrainerConfig:
-    """How theta is learned.
-
-    Attributes:
-        outer_steps: updates of theta, at least 1.
-        num_particles: tasks in flight per family, at least 1.
-        truncation: inner steps per meta-gradient, at least 1.
-        horizons: how long episodes are.
-        meta_loss: the scalar to lower.
-        optimizer: name of a class in `torch.optim`, the meta-optimizer.
-        learning_rate: of the meta-optimizer, positive.
-        final_learning_rate: the learning rate at the last outer step as a share of `learning_rate`, in (0, 1]; a half
-            cosine leads there.
-        clip_norm: bound on the global norm of the meta-gradient, positive.
-        accumulation: truncations averaged per outer step, at least 1.
-        families_per_step: families that each outer step uses, in turn; 0 for all.
-        validation_every: outer steps between validations; 0 for none before the last step.
-        validation_tasks: meta-validation tasks per family.
-        validation_horizon: inner steps of each; 0 for the longest training horizon.
-        seed: names the tasks, their batches, and theta's initial values; non-negative.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-    outer_steps: int = 500
-    num_particles: int = 8
-    truncation: int = 20
-    horizons: HorizonSchedule = HorizonSchedule()
-    meta_loss: MetaLoss = MetaLoss()
-    optimizer: str = "Adam"
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 0.03
-    clip_norm: float = 1.0
-    accumulation: int = 1
-    families_per_step: int = 0
-    validation_every: int = 50
-    validation_tasks: int = 16
-    validation_horizon: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("outer_steps", "num_particles", "truncation", "accumulation", "validation_tasks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("families_per_step", "validation_every", "validation_horizon", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be non-negative; got {getattr(self, name)}")
-        for name in ("learning_rate", "clip_norm"):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must be positive and finite; got {getattr(self, name)}")
-        if not 0 < self.final_learning_rate <= 1:
-            raise ValueError(f"final_learning_rate must lie in (0, 1]; got {self.final_learning_rate}")
-        optimizer_class(self.optimizer)
-
-    def learning_rate_at(self, outer_step: int) -> float:
-        """The meta-optimizer's learning rate at this outer step, counted from 0."""
-        progress = min(outer_step / max(self.outer_steps - 1, 1), 1.0)
-        low = self.final_learning_rate
-        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """The torch.optim class of this name; those that need a closure or sparse gradients are left out."""
-    unfit = ("Optimizer", "LBFGS", "SparseAdam")
-    found = getattr(torch.optim, name, None)
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)) or name in unfit:
-        names = [
-            n for n, c in vars(torch.optim).items() if isinstance(c, type) and issubclass(c, torch.optim.Optimizer)
-        ]
-        near = difflib.get_close_matches(name, [n for n in names if n not in unfit], n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"optimizer must name a torch.optim class for dense gradients; got {name!r}{hint}")
-    return found
 
 
 class MetaTrainer:
@@ -163,10 +87,17 @@ class MetaTrainer:
                 cache[key] = BatchedFamily(family, device=device, dtype=dtype)
             return cache[key]
 
-        plan = EpisodePlan(split="meta_train", run_seed=config.seed, horizons=config.horizons)
+        self.curriculum = CurriculumState()
+        horizons = config.horizons_at(self.curriculum)
+        plan = EpisodePlan(split="meta_train", run_seed=config.seed, horizons=horizons)
         self.work = {
             label: Workload(
-                rule=rule, batched=batched(family), plan=plan, meta_loss=config.meta_loss, truncation=config.truncation
+                rule=rule,
+                batched=batched(family),
+                plan=plan,
+                meta_loss=config.meta_loss,
+                truncation=config.truncation,
+                frozen=frozen_names(config.stages, 0, self.theta),
             )
             for label, family in families.items()
         }
@@ -199,13 +130,16 @@ class MetaTrainer:
             RuntimeError: 50 outer steps in a row had no finite meta-gradient.
         """
         config = self.config
+        frozen = frozen_names(config.stages, self.outer_step, self.theta)
+        self._plan_ahead(frozen)
         estimates: list[tuple[str, Estimate]] = [
             (label, self.estimator.estimate(self.work[label], self.theta, self.estimator_states[label]))
             for _ in range(config.accumulation)
             for label in self._chosen()
         ]
         for name, value in self.theta.items():
-            value.grad = torch.stack([e.grads[name] for _, e in estimates]).mean(0)
+            # No gradient, rather than zeros, for what is held fixed: Adam would move on with its momentum.
+            value.grad = None if name in frozen else torch.stack([e.grads[name] for _, e in estimates]).mean(0)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.theta.values()), config.clip_norm))
         finite = math.isfinite(norm)
         for group in self.optimizer.param_groups:
@@ -234,11 +168,27 @@ class MetaTrainer:
             "learning_rate": config.learning_rate_at(self.outer_step - 1),
             "horizon": self._mean_horizon(),
         }
+        for name in {name: None for _, e in estimates for name in e.metrics}:
+            values = [e.metrics[name] for _, e in estimates if name in e.metrics]
+            metrics[f"estimator/{name}"] = sum(values) / len(values)
         return metrics | {name: float(value) for name, value in self.totals.items()}
+
+    def _plan_ahead(self, frozen: tuple[str, ...]) -> None:
+        """Let the workloads follow the curriculum and the stages; episodes in flight keep their horizons."""
+        horizons = self.config.horizons_at(self.curriculum)
+        for label, work in self.work.items():
+            if work.frozen != frozen or work.plan.horizons != horizons:
+                plan = dataclasses.replace(work.plan, horizons=horizons)
+                self.work[label] = dataclasses.replace(work, plan=plan, frozen=frozen)
 
     def _mean_horizon(self) -> float:
         horizons = [h for state in self.estimator_states.values() for h in self.estimator.horizons(state)]
         return sum(horizons) / len(horizons)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do: all outer steps taken, or the curriculum at its end."""
+        return self.curriculum.finished or self.outer_step >= self.config.outer_steps
 
     @property
     def validation_due(self) -> bool:
@@ -250,13 +200,32 @@ class MetaTrainer:
         """Score theta on fixed meta-validation tasks, and remember it if it is the best so far.
 
         The score is the mean, over families, of the normalized loss: half its mean along the whole unroll, half its
-        mean over the last twentieth. A loss that is not finite counts as the clip.
+        mean over the last twentieth. A loss that is not finite counts as the clip. With a curriculum the score also
+        decides whether the horizon grows; if it does, theta goes back to the best at the horizon before.
 
         Returns:
             "validation" and "validation/<label>" per family; lower is better.
         """
+        scores = self._score()
+        score = sum(scores.values()) / len(scores)
+        if score < self.best_score:
+            self.best_theta = {n: v.clone() for n, v in self.theta.items()}
+            self.best_score, self.best_step = score, self.outer_step
+        if self.config.curriculum is not None and not self.curriculum.finished:
+            self.curriculum, action = self.config.curriculum.observe(self.curriculum, score)
+            if action in (Action.ADVANCE, Action.FINISH) and self.best_theta is not None:
+                for name, value in self.best_theta.items():
+                    self.theta[name].copy_(value)
+            if action is Action.ADVANCE:
+                self.best_score = (
+                    math.inf
+                )  # scores at another horizon are not comparable; theta stays the best until beaten
+        return {"validation": score, **scores}
+
+    def _score(self) -> dict[str, float]:
+        """The validation score of every family."""
         config = self.config
-        horizon = config.validation_horizon or config.horizons.longest
+        horizon = config.validation_horizon_at(self.curriculum)
         plan = EpisodePlan(split="meta_validation", run_seed=config.seed)
         scores: dict[str, float] = {}
         for label, batched in self.validation.items():
@@ -266,11 +235,7 @@ class MetaTrainer:
             values = config.meta_loss.normalize(losses, segment.initial)
             last = max(1, horizon // 20)
             scores[f"validation/{label}"] = float((values.mean() + values[-last:].mean()) / 2)
-        score = sum(scores.values()) / len(scores)
-        if score < self.best_score:
-            self.best_theta = {n: v.clone() for n, v in self.theta.items()}
-            self.best_score, self.best_step = score, self.outer_step
-        return {"validation": score, **scores}
+        return scores
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, as plain tensors, numbers, strings, lists and dicts."""
@@ -282,6 +247,7 @@ class MetaTrainer:
             "best_theta": self.best_theta,
             "best_score": self.best_score,
             "best_step": self.best_step,
+            "curriculum": self.curriculum.state_dict(),
             "totals": dict(self.totals),
             "skips_in_a_row": self._skips_in_a_row,
         }
@@ -306,6 +272,8 @@ class MetaTrainer:
             )
         for name, value in state["theta"].items():
             self.theta[name].copy_(value)
+        self.curriculum = CurriculumState(**state["curriculum"])
+        self._plan_ahead(frozen_names(self.config.stages, state["outer_step"], self.theta))
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.estimator_states = {
             n: self.estimator.load_state_dict(self.work[n], s) for n, s in state["estimators"].items()

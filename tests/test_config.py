@@ -15,8 +15,8 @@ from learned_opt import config as configuration
 from learned_opt import estimators, rules, run_folder
 from learned_opt.config import RunConfig
 from learned_opt.evaluation import BASELINES, EvaluationConfig
+from learned_opt.meta_config import MetaTrainerConfig
 from learned_opt.meta_loss import MetaLoss
-from learned_opt.meta_trainer import MetaTrainerConfig
 from learned_opt.run_folder import RunFolder, differences
 from learned_opt.tracking import TrackingConfig
 from learned_opt.truncation import HorizonSchedule

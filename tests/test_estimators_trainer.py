@@ -7,7 +7,8 @@ import torch
 from estimator_reference import NoisyBowl
 
 from learned_opt import estimators, rules
-from learned_opt.meta_trainer import MetaTrainer, MetaTrainerConfig
+from learned_opt.meta_config import MetaTrainerConfig
+from learned_opt.meta_trainer import MetaTrainer
 from learned_opt.truncation import HorizonSchedule
 
 CONFIG = MetaTrainerConfig(

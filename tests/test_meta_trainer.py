@@ -4,15 +4,18 @@ import copy
 import dataclasses
 import math
 import re
+from typing import ClassVar
 
 import pytest
 import torch
 
 from learned_opt import estimators, meta_trainer, rules
 from learned_opt.checkpoints import CheckpointFolder
+from learned_opt.curriculum import Curriculum, Stage
 from learned_opt.estimators import Estimate, Estimator
+from learned_opt.meta_config import MetaTrainerConfig, optimizer_class
 from learned_opt.meta_loss import MetaLoss
-from learned_opt.meta_trainer import MetaTrainer, MetaTrainerConfig, optimizer_class
+from learned_opt.meta_trainer import MetaTrainer
 from learned_opt.truncation import HorizonSchedule
 from tasks.image_mlp import ImageMLP
 from tasks.quadratic import Quadratic
@@ -456,3 +459,73 @@ def test_dtype_of_everything():
     particles = trainer.estimator_states["quadratic"]
     assert particles.params.dtype == torch.float64
     assert {v.dtype for v in trainer.theta.values()} == {torch.float64}
+
+
+class ScriptedValidation(MetaTrainer):
+    """A meta-trainer whose validation scores are given."""
+
+    scores: ClassVar[list[float]] = []
+
+    def _score(self):
+        return {"validation/x": self.scores.pop(0)}
+
+
+def test_curriculum_grows_the_horizon_and_goes_back_to_the_best():
+    config = MetaTrainerConfig(
+        outer_steps=100,
+        num_particles=2,
+        truncation=2,
+        curriculum=Curriculum(horizons=(4, 6, 10), patience=1),
+        validation_every=1,
+        validation_tasks=1,
+    )
+    trainer = ScriptedValidation(rules.get("adam"), {"q": Quadratic(dim=2)}, config, estimators.get("backprop"))
+    trainer.scores[:] = [3.0, 2.0, 2.5, 9.0, 8.0, 8.5, 5.0, 6.0]
+    assert trainer.work["q"].plan.horizons.longest == 4
+    thetas = []
+    for _ in range(3):
+        trainer.step()
+        thetas.append({n: v.clone() for n, v in trainer.theta.items()})
+        trainer.validate()
+    # The third score is no better: back to the second theta, and on at the next horizon.
+    assert all(torch.equal(trainer.theta[n], thetas[1][n]) for n in trainer.theta)
+    assert not all(torch.equal(trainer.theta[n], thetas[2][n]) for n in trainer.theta)
+    trainer.step()
+    assert trainer.work["q"].plan.horizons.longest == 6
+    trainer.validate()  # 9.0 is the best there is at this horizon
+    assert trainer.best_score == 9.0 and trainer.best_step == 4
+    resumed = ScriptedValidation(rules.get("adam"), {"q": Quadratic(dim=2)}, config, estimators.get("backprop"))
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.work["q"].plan.horizons.longest == 6
+    for _ in range(4):
+        assert not trainer.finished
+        trainer.step()
+        trainer.validate()
+    assert trainer.finished and trainer.outer_step == 8
+    assert trainer.best_step == 7 and trainer.best_score == 5.0
+    assert all(torch.equal(trainer.theta[n], trainer.best_theta[n]) for n in trainer.theta)
+
+
+def test_stages_hold_a_part_of_theta_fixed_at_first():
+    config = MetaTrainerConfig(
+        outer_steps=6, num_particles=2, stages=(Stage(num_outer_steps=3, trainable=("log_lr",)),), learning_rate=0.1
+    )
+    trainer = MetaTrainer(rules.get("adam"), {"q": Quadratic(dim=2)}, config, estimators.get("backprop"))
+    start = {n: v.clone() for n, v in trainer.theta.items()}
+    for _ in range(3):
+        trainer.step()
+    unmoved = [n for n in start if torch.equal(start[n], trainer.theta[n])]
+    assert unmoved == ["log_one_minus_beta1", "log_one_minus_beta2"]
+    trainer.step()
+    assert not any(torch.equal(start[n], trainer.theta[n]) for n in start)
+
+
+def test_a_stage_that_names_nothing_is_refused():
+    config = MetaTrainerConfig(stages=(Stage(num_outer_steps=3, trainable=("output.*",)),))
+    with pytest.raises(ValueError, match=r"trainable pattern 'output.\*' matches nothing in theta; it has log_lr"):
+        MetaTrainer(rules.get("adam"), {"q": Quadratic(dim=2)}, config, estimators.get("backprop"))
+
+
+def test_a_curriculum_needs_validation():
+    with pytest.raises(ValueError, match="a curriculum advances on validation; set validation_every to at least 1"):
+        MetaTrainerConfig(curriculum=Curriculum(), validation_every=0)
