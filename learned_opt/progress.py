@@ -76,6 +76,7 @@ class Progress:
                 f"validation {score:.3f}{' (best)' if best else ''}  "
                 f"{rate:,.0f} inner steps/s",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def say(self, message: str) -> None:
