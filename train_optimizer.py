@@ -21,14 +21,20 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-import tyro
-import yaml
+
+try:
+    import pydantic  # noqa: F401  (checks configuration files)
+    import rich  # noqa: F401  (the progress bar)
+    import tyro
+    import yaml
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: meta-training needs {missing.name}: pip install 'learned-opt[train]'") from None
 
 import tasks
 from learned_opt import config as configuration
 from learned_opt import estimators, rules
 from learned_opt.artifact import Artifact, save_artifact
-from learned_opt.checkpoints import CheckpointError, CheckpointFolder
+from learned_opt.checkpoints import CheckpointFolder
 from learned_opt.config import RunConfig
 from learned_opt.evaluation import BASELINES, Comparison, Learned, compare
 from learned_opt.files import write_atomically
@@ -262,9 +268,11 @@ def main() -> int:
     """The command: 0 when all is done, 2 for bad input, 128 + signal when stopped."""
     try:
         return run(parse(sys.argv[1:]))
-    except (ValueError, CheckpointError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"error: {error}; make room or check the permissions, then continue with --resume", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

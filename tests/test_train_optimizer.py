@@ -1,5 +1,6 @@
 """The training script as users run it: subprocesses that are killed, interrupted, resumed and given bad input."""
 
+import errno
 import json
 import os
 import random
@@ -225,3 +226,25 @@ def test_run_folder_is_never_overwritten_or_mixed(in_process, undisturbed, tmp_p
     status, err = in_process("--resume", str(undisturbed), "--trainer.truncation", "4")
     assert status == 2
     assert "was started with other settings" in err and "trainer.truncation: 5 -> 4" in err
+
+
+def test_a_full_disk_names_the_remedy_and_keeps_the_checkpoints(in_process, monkeypatch, tmp_path):
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "optimizer.safetensors")
+
+    monkeypatch.setattr(train_optimizer, "save_artifact", full)
+    path = config_file(tmp_path, trainer={**SMALL["trainer"], "outer_steps": 2})
+    status, said = in_process("--config", path, "--run-dir", str(tmp_path / "run"))
+    assert status == 2
+    assert "No space left on device: 'optimizer.safetensors'; make room or check the permissions" in said
+    monkeypatch.undo()
+    status, said = in_process("--resume", str(tmp_path / "run"))
+    assert status == 0, said
+    assert hash_of(tmp_path / "run")
+
+
+def test_missing_extras_are_named(tmp_path):
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')")
+    done = run("--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: meta-training needs tyro: pip install 'learned-opt[train]'"
