@@ -109,9 +109,10 @@ class Comparison:
         titles = {"cosine": "cosine to the full gradient", "norm_ratio": "norm over the full gradient's"}
         titles["signal_to_noise"] = "signal-to-noise ratio of one sample"
         for axes, (measure, title) in zip(panels.flat, titles.items()):
-            for label in dict.fromkeys(row.estimator for row in self.rows):
+            for index, label in enumerate(dict.fromkeys(row.estimator for row in self.rows)):
                 found = [(r.truncation, getattr(r.quality, measure)) for r in self.rows if r.estimator == label]
-                at = [truncation for truncation, interval in found if math.isfinite(interval.value)]
+                # Side by side, so that no interval hides another.
+                at = [truncation * 1.05**index for truncation, interval in found if math.isfinite(interval.value)]
                 intervals = [interval for _, interval in found if math.isfinite(interval.value)]
                 values = [i.value for i in intervals]
                 bars = [[max(i.value - i.low, 0.0) for i in intervals], [max(i.high - i.value, 0.0) for i in intervals]]
@@ -121,6 +122,7 @@ class Comparison:
         for axes in panels[0]:
             axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
         panels[1, 0].set_yscale("symlog", linthresh=0.01)
+        panels[1, 0].set_ylim(bottom=0)
         for label in dict.fromkeys(row.estimator for row in self.rows):
             rows = [r for r in self.rows if r.estimator == label]
             panels[1, 1].plot(
@@ -128,7 +130,7 @@ class Comparison:
             )
         panels[1, 1].set(title="inner steps x particles per second", xlabel="truncation (inner steps)", xscale="log")
         panels[1, 1].set_ylim(bottom=0)
-        panels[0, 0].legend()
+        panels[1, 1].legend()
         figure.savefig(path, dpi=150)
 
 
