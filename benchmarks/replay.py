@@ -245,8 +245,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         print(table(rows).splitlines()[-1], flush=True)
     report = {
-        "command": "python -m benchmarks.replay"
-        + (f" --device {arguments.device}" if arguments.device != "cpu" else ""),
+        "command": " ".join(["python -m benchmarks.replay", *sys.argv[1:]]),
         "torch": torch.__version__,
         "machine": torch.cuda.get_device_name()
         if arguments.device != "cpu"
