@@ -3,12 +3,14 @@
 `BatchedFamily` runs many particles of one family at once: their parameters are one [particles, parameters] matrix,
 and one `vmap(grad_and_value(loss))` gives all losses and gradients. Once a shape has been seen a few times
 the vectorized function is traced to a flat graph of tensor operations (`make_fx`), which computes the same bits and
-spares the function transforms' overhead at every inner step.
+spares the function transforms' overhead at every inner step. A family that `vmap` cannot batch, since its loss
+branches on the values of tensors, runs one particle after the other instead, with a warning.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +21,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from learned_opt.task import TaskFamily, Tensors, check_split, draw_batches, draw_task, stack
 
 _CALLS_BEFORE_TRACE = 8
+# Parts of error messages that one particle at a time is no answer to.
+_NOT_FOR_ONE_BY_ONE = ("randomness", "out of memory", "allocate memory")
+
+
+class OneByOneWarning(UserWarning):
+    """A family cannot be batched by `torch.func.vmap`: its particles run one by one, correctly and slowly."""
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -43,6 +51,9 @@ class BatchedFamily:
     Attributes:
         names, shapes: the parameters of one task, in order.
         num_parameters: how many numbers that is.
+
+    Warns:
+        OneByOneWarning: once, when `torch.func.vmap` cannot batch the family's loss or metrics.
 
     Raises:
         ValueError: a family whose parameters are missing or not floating point, whose loss is not a scalar, or whose
@@ -72,6 +83,7 @@ class BatchedFamily:
         self._sizes = [value.numel() for value in params.values()]
         self.num_parameters = sum(self._sizes)
         self._traced: dict[Any, Any] = {}
+        self._one_by_one: set[str] = set()
         clash = sorted(task.keys() & self._shared.keys())
         if clash:
             raise ValueError(f"{family.name}: sample_task and shared_data both return {clash[0]!r}; rename one of them")
@@ -146,8 +158,49 @@ class BatchedFamily:
     def _loss(self, params: torch.Tensor, task: Tensors, shared: Tensors, batch: Tensors) -> torch.Tensor:
         return self.family.loss(self.unflatten(params), {**task, **shared}, batch)
 
-    def _vectorize(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return vmap(function, in_dims=(0, 0, None, 0))
+    def _vectorize(self, function: Callable[..., Any], method: str = "loss") -> Callable[..., Any]:
+        """The function for all particles at once; one by one once `vmap` has refused this method of the family."""
+        together = vmap(function, in_dims=(0, 0, None, 0))
+
+        def one_by_one(params: torch.Tensor, tasks: Tensors, shared: Tensors, batch: Tensors) -> Any:
+            outputs = [
+                function(params[i], {n: v[i] for n, v in tasks.items()}, shared, {n: v[i] for n, v in batch.items()})
+                for i in range(len(params))
+            ]
+            if isinstance(outputs[0], dict):
+                return stack(outputs)
+            if isinstance(outputs[0], torch.Tensor):
+                return torch.stack(outputs)
+            return tuple(torch.stack(part) for part in zip(*outputs))
+
+        def run(*arguments: Any) -> Any:
+            if method in self._one_by_one:
+                return one_by_one(*arguments)
+            try:
+                return together(*arguments)
+            except RuntimeError as error:
+                if any(part in str(error) for part in _NOT_FOR_ONE_BY_ONE):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+            state = torch.get_rng_state()
+            outputs = one_by_one(*arguments)  # what is wrong with the family itself is raised here, by its own name
+            if not torch.equal(state, torch.get_rng_state()):
+                raise ValueError(
+                    f"{self.family.name}: {method} draws random numbers from torch's global generator; draw them in "
+                    "sample_task or sample_batches from the generator given there"
+                )
+            if not self._one_by_one:
+                warnings.warn(
+                    f"{self.family.name}: {method} cannot be batched by torch.func.vmap ({reason}). Its particles run "
+                    f"one by one, so {len(arguments[0])} of them take {len(arguments[0])} times as long as one. To run "
+                    "them together, replace Python branches on the values of tensors, for example by torch.where",
+                    OneByOneWarning,
+                    stacklevel=4,
+                )
+            self._one_by_one.add(method)
+            return outputs
+
+        return run
 
     def losses(self, params: torch.Tensor, tasks: Tensors, batch: Tensors) -> torch.Tensor:
         """Losses [particles] at `params` [particles, num_parameters]."""
@@ -171,11 +224,11 @@ class BatchedFamily:
     def eval_metrics(self, params: torch.Tensor, tasks: Tensors) -> Tensors:
         """The family's reported metrics, each [particles]; empty where the family reports none."""
 
-        def metrics(flat: torch.Tensor, task: Tensors, shared: Tensors) -> Tensors:
+        def metrics(flat: torch.Tensor, task: Tensors, shared: Tensors, batch: Tensors) -> Tensors:
             return self.family.eval_metrics(self.unflatten(flat), {**task, **shared})
 
         with torch.no_grad():
-            return vmap(metrics, in_dims=(0, 0, None))(params, tasks, self._shared)
+            return self._vectorize(metrics, "eval_metrics")(params, tasks, self._shared, {})
 
     def _run(
         self, kind: str, function: Callable[..., Any], params: torch.Tensor, tasks: Tensors, batch: Tensors
@@ -187,7 +240,7 @@ class BatchedFamily:
         )
         seen = self._traced.get(key, 0)
         if isinstance(seen, int):
-            if seen < _CALLS_BEFORE_TRACE:
+            if seen < _CALLS_BEFORE_TRACE or "loss" in self._one_by_one:
                 self._traced[key] = seen + 1
                 return function(*arguments)
 

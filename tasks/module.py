@@ -1,9 +1,9 @@
 """Tasks of your own: any `torch.nn.Module`, a loss, and data grouped by a column or sampled by a function.
 
 The module runs through `torch.func.functional_call`, so many copies of it with parameters of their own run as one
-batched program. That asks three things of it: the same outputs for the same inputs (no dropout), nothing changed in
-place (batch normalization is switched to the statistics of the batch at hand), and no Python branches on the values of
-tensors. Each is checked when the family is made.
+batched program. That asks two things of it: the same outputs for the same inputs (no dropout), and nothing changed in
+place (batch normalization is switched to the statistics of the batch at hand). Both are checked when the family is
+made. Tasks of a module that branches on the values of tensors run one by one instead.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ModuleFamily(TaskFamily):
 
     Raises:
         ValueError: whatever does not fit together: a loss that is not a scalar, targets of the wrong type or shape, a
-            module with dropout or one that cannot be batched. The message names the remedy.
+            module with dropout or other randomness. The message names the remedy.
     """
 
     name: ClassVar[str] = "module"
@@ -78,6 +78,7 @@ class ModuleFamily(TaskFamily):
             )
         self.batch_size, self.init, self.test_share = batch_size, init, test_share
         self._data, self._loss = data, loss
+        self._loss_branches = False
         self._make = None if isinstance(module, nn.Module) else module
         # A copy: replacing batch normalization and re-drawing parameters must not touch the caller's module.
         self._module = copy.deepcopy(module) if isinstance(module, nn.Module) else _make_module(module, 0)
@@ -155,7 +156,7 @@ class ModuleFamily(TaskFamily):
         counts = index < task["num_test"]
         targets = task["targets"][rows]
         outputs = self.outputs(params, task, task["inputs"][rows])
-        losses = vmap(lambda o, t: self._loss(o.unsqueeze(0), t.unsqueeze(0)))(outputs, targets)
+        losses = self._row_losses(outputs, targets)
 
         def mean(values: torch.Tensor) -> torch.Tensor:
             return torch.where(counts, values, 0.0).sum() / task["num_test"]
@@ -165,6 +166,11 @@ class ModuleFamily(TaskFamily):
             right = (outputs.argmax(1) == targets).to(outputs.dtype)
             metrics["test_accuracy"] = mean(right.reshape(most, -1).mean(1))
         return metrics
+
+    def _row_losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if self._loss_branches:
+            return torch.stack([self._loss(o.unsqueeze(0), t.unsqueeze(0)) for o, t in zip(outputs, targets)])
+        return vmap(lambda o, t: self._loss(o.unsqueeze(0), t.unsqueeze(0)))(outputs, targets)
 
     def config(self) -> dict[str, Any]:
         """What identifies the family in logs and files; a module and a data set cannot be rebuilt from it."""
@@ -245,12 +251,21 @@ class ModuleFamily(TaskFamily):
 
         try:
             vmap(batched)(stack(params), stack(tasks), stack(batches))
-        except RuntimeError as error:
-            raise ValueError(
-                f"module or loss cannot be batched by torch.func.vmap ({_first_line(error)}); it must not branch on "
-                "the values of "
-                "tensors, draw random numbers or change its buffers in place"
-            ) from error
+        except RuntimeError as refused:
+            # `BatchedFamily` will run the tasks one by one, and says so; here only that this can be done.
+            state = torch.get_rng_state()
+            try:
+                batched(params[0], tasks[0], batches[0])
+            except RuntimeError as error:
+                raise ValueError(
+                    f"module or loss can neither be batched by torch.func.vmap ({_first_line(refused)}) nor "
+                    f"differentiated by torch.func.grad ({_first_line(error)}); write it in operations of torch alone"
+                ) from error
+            if not torch.equal(state, torch.get_rng_state()):
+                raise ValueError(
+                    "module or loss draws random numbers when it runs, but a task's loss must be the same function at "
+                    "every evaluation; remove what draws them or call module.eval()"
+                ) from refused
 
     def _probe_one(self, params: Tensors, task: Tensors, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         constants = {name: value.clone() for name, value in self._constants.items()}
@@ -290,6 +305,10 @@ class ModuleFamily(TaskFamily):
             raise ValueError(f"loss must return a scalar tensor; got {got}. Reduce it, e.g. with .mean()")
         if not loss.is_floating_point():
             raise ValueError(f"loss must be a floating-point scalar; got {loss.dtype}")
+        try:
+            self._row_losses(outputs, targets)
+        except RuntimeError:  # rows then follow each other, as the tasks will
+            self._loss_branches = True
 
 
 def _check_layers(module: nn.Module) -> None:

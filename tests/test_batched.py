@@ -1,13 +1,14 @@
 """The batched program against plain autograd one task at a time, and its traced form against itself, bit for bit."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import pytest
 import torch
 
 from learned_opt import batched as batched_module
-from learned_opt.batched import BatchedFamily
+from learned_opt.batched import BatchedFamily, OneByOneWarning
 from learned_opt.task import TaskFamily, draw_batches, draw_task
 from tasks.activations import ACTIVATIONS
 from tasks.image_mlp import ImageMLP
@@ -290,3 +291,104 @@ def test_wrong_arguments():
 def test_devices_that_are_not_there(device):
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used here: .*; use cpu"):
         BatchedFamily(Quadratic(), device=device)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Branching(TaskFamily):
+    """A loss of two pieces, chosen by a Python branch; `odd` moves the branch or spoils the loss otherwise."""
+
+    name: ClassVar[str] = "branching"
+    odd: str = "loss"
+
+    def sample_task(self, split, generator):
+        return {"center": torch.randn(3, generator=generator)}
+
+    def init_params(self, task, generator):
+        return {"x": torch.randn(3, generator=generator)}
+
+    def sample_batches(self, task, num_steps, generator):
+        return {"shift": torch.randn(num_steps, 3, generator=generator)}
+
+    def loss(self, params, task, batch):
+        z = params["x"] - task["center"] - batch["shift"]
+        if self.odd == "metrics":
+            return z.square().sum()
+        if self.odd == "random":
+            return z.square().sum() + torch.rand(())
+        if self.odd == "random branch" and z.sum() > -math.inf:
+            return z.square().sum() + torch.rand(())
+        if self.odd == "broken" and z.numel() == 3:
+            return z.square().sum() + torch.zeros(2) @ torch.zeros(3)
+        return z.square().sum() if z.sum() > 0 else 3 * z.square().sum() + z.sum()
+
+    def eval_metrics(self, params, task):
+        return {"sign": torch.tensor(1.0 if float(params["x"].sum()) > 0 else -1.0)}
+
+
+def test_a_loss_that_branches_runs_one_by_one_with_one_warning():
+    family, seeds = Branching(), list(range(0, 36, 3))
+    batched, tasks, params, batch = start(family, seeds=seeds)
+    text = (
+        r"branching: loss cannot be batched by torch.func.vmap \(.*data-dependent control flow.*\). Its particles run "
+        r"one by one, so 12 of them take 12 times as long as one. .* by torch.where"
+    )
+    with pytest.warns(OneByOneWarning, match=text) as caught:
+        losses, grads = batched.losses_and_grads(params, tasks, batch)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    for _ in range(CALLS_BEFORE_TRACE + 2):  # later calls must not warn again, nor freeze one branch into a program
+        assert torch.equal(batched.losses(params, tasks, batch), losses)
+        for got, want in zip(batched.losses_and_grads(params, tasks, batch), (losses, grads)):
+            assert torch.equal(got, want)
+    assert all(isinstance(calls, int) for calls in batched._traced.values())
+    pieces = set()
+    for i, seed in enumerate(seeds):
+        loss, grad = one_by_one(family, seed, 2)
+        torch.testing.assert_close(losses[i], loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(grads[i], grad, rtol=1e-12, atol=1e-14)
+        z = params[i] - tasks["center"][i] - batch["shift"][i]
+        pieces.add(bool(z.sum() > 0))
+        torch.testing.assert_close(grads[i], 2 * z if z.sum() > 0 else 6 * z + 1, rtol=1e-12, atol=1e-14)
+    assert pieces == {True, False}
+    assert torch.equal(batched.eval_metrics(params, tasks)["sign"], params.sum(1).sign().float())
+    moved = -params  # the branches are taken anew at every call
+    assert not torch.equal(batched.losses(moved, tasks, batch), losses)
+
+
+def test_one_by_one_keeps_the_graph_to_the_parameters():
+    batched, tasks, params, batch = start(Branching())
+    leaf = params.clone().requires_grad_()
+    with pytest.warns(OneByOneWarning):
+        losses, grads = batched.losses_and_grads(leaf, tasks, batch, differentiable=True)
+    (curvature,) = torch.autograd.grad(grads.sum(), leaf, retain_graph=True)
+    z = params - tasks["center"] - batch["shift"]
+    want = torch.where(z.sum(1, keepdim=True) > 0, 2.0, 6.0).expand(3, 3).double()
+    torch.testing.assert_close(curvature, want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), leaf)[0], grads.detach(), rtol=1e-12, atol=0)
+
+
+def test_metrics_that_branch_leave_the_loss_batched():
+    batched, tasks, params, batch = start(Branching(odd="metrics"))
+    with pytest.warns(OneByOneWarning, match="branching: eval_metrics cannot be batched"):
+        signs = batched.eval_metrics(params, tasks)["sign"]
+    assert torch.equal(signs, params.sum(1).sign().float())
+    for _ in range(CALLS_BEFORE_TRACE + 1):
+        batched.losses(params, tasks, batch)
+    assert any(isinstance(program, torch.fx.GraphModule) for program in batched._traced.values())
+
+
+@pytest.mark.parametrize(
+    ("odd", "error", "text"),
+    [
+        ("random", RuntimeError, "randomness"),
+        ("random branch", ValueError, "branching: loss draws random numbers from torch's global generator; draw them"),
+        ("broken", RuntimeError, "inconsistent tensor size|same size"),
+    ],
+)
+def test_what_one_by_one_is_no_answer_to(odd, error, text):
+    batched = BatchedFamily(Branching()) if odd == "broken" else BatchedFamily(Branching(odd=odd))
+    batched.family = Branching(odd=odd)
+    tasks, params = batched.start("meta_train", SEEDS)
+    batch = {name: value[0] for name, value in batched.batches(tasks, SEEDS, [0] * 3, 1).items()}
+    with pytest.raises(error, match=text):
+        batched.losses(params, tasks, batch)

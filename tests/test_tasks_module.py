@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from learned_opt.batched import BatchedFamily
+from learned_opt.batched import BatchedFamily, OneByOneWarning
 from learned_opt.task import SPLITS, draw_batches, draw_task, task_seed
 from tasks import GroupedData, ModuleFamily
 
@@ -401,11 +401,11 @@ class Pair(Branches):
         ({"module": Counts()}, r"module changes its buffer 'calls' when it runs.*call module.eval\(\)"),
         (
             {"module": Noisy()},
-            "cannot be batched by torch.func.vmap .*random.*; it must not branch .*draw random numbers",
+            r"module or loss draws random numbers when it runs.*call module.eval\(\)",
         ),
         (
-            {"module": Branches()},
-            r"cannot be batched by torch.func.vmap \(.*\); it must not branch on the values of tensors",
+            {"loss": lambda o, t: (o - t).square().mean() * float(o.numpy().size)},
+            r"can neither be batched by torch.func.vmap \(.*\) nor differentiated by torch.func.grad \(.*\); write",
         ),
         (
             {"module": nn.Linear(3, 1)},
@@ -449,3 +449,33 @@ def test_sampled_shapes_must_agree():
 def test_eval_mode_makes_dropout_acceptable():
     net = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5), nn.Flatten(0)).eval()
     assert BatchedFamily(family(module=net)).num_parameters == 4
+
+
+def huber_by_hand(outputs, targets):
+    error = (outputs - targets).abs().mean()
+    return error.square() if error < 1 else 2 * error - 1
+
+
+@pytest.mark.parametrize("options", [{"module": Branches()}, {"loss": huber_by_hand}], ids=["module", "loss"])
+def test_python_branches_run_one_by_one_with_equal_results(options):
+    own = family(**options, batch_size=3)
+    batched, seeds = BatchedFamily(own, dtype=torch.float64), [0, 3, 6]
+    stacked, params = batched.start("meta_train", seeds)
+    batch = {n: v[0] for n, v in batched.batches(stacked, seeds, [0] * 3, 1).items()}
+    with pytest.warns(OneByOneWarning, match="module: loss cannot be batched .* 3 of them take 3 times as long"):
+        losses, grads = batched.losses_and_grads(params, stacked, batch)
+    metrics = batched.eval_metrics(params, stacked)
+    shared = {n: v.double() if v.is_floating_point() else v for n, v in own.shared_data().items()}
+    for i in range(3):
+        task = {**{n: v[i] for n, v in stacked.items()}, **shared}
+        leaf = params[i].clone().requires_grad_()
+        loss = own.loss(batched.unflatten(leaf), task, {n: v[i] for n, v in batch.items()})
+        torch.testing.assert_close(losses[i], loss.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(grads[i], torch.autograd.grad(loss, leaf)[0], rtol=1e-12, atol=1e-14)
+        want = own.eval_metrics(batched.unflatten(params[i]), task)["test_loss"]
+        if "loss" in options:
+            rows = int(task["first_row"] + task["num_rows"]) + torch.arange(int(task["num_test"]))
+            outputs = own.outputs(batched.unflatten(params[i]), task, task["inputs"][rows])
+            error = (outputs - task["targets"][rows]).abs()
+            torch.testing.assert_close(want, torch.where(error < 1, error.square(), 2 * error - 1).mean())
+        torch.testing.assert_close(metrics["test_loss"][i], want, rtol=1e-12, atol=0)
