@@ -145,11 +145,31 @@ def meta_train(
                 metrics |= trainer.validate()
                 improved = trainer.best_step == trainer.outer_step
                 progress.validated(trainer.outer_step, metrics["validation"], improved)
+            if settings.diagnose_every and trainer.outer_step % settings.diagnose_every == 0:
+                metrics |= diagnose(trainer, settings)
             tracker.log(metrics, trainer.outer_step)
             last = trainer.finished
             if improved or last or trainer.outer_step % settings.checkpoint_every == 0 or signals.received:
                 checkpoints.save(trainer.state_dict(), trainer.outer_step, best=improved)
     return signals.received
+
+
+def diagnose(trainer: MetaTrainer, settings: RunConfig) -> dict[str, float]:
+    """Bias, noise and cost of the estimator at the current theta, on the first family; the run is not touched."""
+    work = next(iter(trainer.work.values()))
+    longest = settings.trainer.horizons_at(trainer.curriculum).longest
+    comparison = estimators.compare(
+        trainer.rule,
+        work.batched.family,
+        trainer.theta,
+        {settings.estimator: trainer.estimator},
+        horizon=longest - longest % work.truncation,
+        truncations=(work.truncation,),
+        num_particles=settings.trainer.num_particles,
+        num_samples=4,
+        device=settings.device,
+    )
+    return comparison.metrics("diagnostics")
 
 
 def export(trainer: MetaTrainer, settings: RunConfig, folder: RunFolder) -> Artifact:

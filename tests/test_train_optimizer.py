@@ -184,6 +184,18 @@ def test_run_folders_are_numbered_when_none_is_named(in_process, monkeypatch, tm
         assert (tmp_path / "runs" / name / "optimizer.safetensors").is_file()
 
 
+def test_diagnostics_are_logged_and_change_nothing(in_process, undisturbed, monkeypatch, tmp_path):
+    logged = {}
+    monkeypatch.setattr(train_optimizer.Tracker, "log", lambda self, metrics, step: logged.update({step: metrics}))
+    path = config_file(tmp_path, diagnose_every=20)
+    status, said = in_process("--config", path, "--run-dir", str(tmp_path / "run"))
+    assert status == 0, said
+    at = [step for step, metrics in logged.items() if "diagnostics/backprop/5/signal_to_noise" in metrics]
+    assert at == [20, 40, 60]
+    assert logged[20]["diagnostics/backprop/5/signal_to_noise"] >= 0
+    assert hash_of(tmp_path / "run") == hash_of(undisturbed)
+
+
 def test_evaluation_writes_table_results_and_picture(in_process, tmp_path):
     small = {**SMALL["trainer"], "outer_steps": 2}
     evaluation = {"horizon": 6, "num_tasks": 3, "seeds": [0, 1], "num_validation_tasks": 2, "num_resamples": 50}
