@@ -27,13 +27,13 @@ from learned_opt.rules.inplace import Scratch, update_
 from learned_opt.task import Tensors
 
 STEP = "step"
-_CACHE_NUMBERS = 2**18
-"""Numbers that may be in use at once by a chunk: state and gates of a 2x20 LSTM for 1,600 coordinates."""
+_CACHE_NUMBERS = 2**19
+"""Numbers that may be in use at once by a chunk: state and gates of a 2x20 LSTM for 3,000 coordinates, 2 MiB."""
 
 
 def default_chunk_size(num_rows: int) -> int:
     """Coordinates per chunk that keep the temporaries of a rule with so many rows of state in a core's cache."""
-    return min(max(_CACHE_NUMBERS // (2 * num_rows + 1) // 256 * 256, 1024), 8192)
+    return min(max(_CACHE_NUMBERS // (2 * num_rows + 1) // 256 * 256, 1024), 16384)
 
 
 class StateLayout:
@@ -74,6 +74,19 @@ class StateLayout:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a sharded tensor (DTensor), or the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def compute_dtype(param: torch.Tensor) -> torch.dtype:
+    """What the rule computes in: float32, or float64 for float64 parameters."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def dense(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient of this process's part of a parameter, strided: what a sparse one leaves out is zero."""
+    if hasattr(grad, "placements") and grad.placements != getattr(param, "placements", None):
+        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    grad = local(grad)
+    return grad if grad.layout == torch.strided else grad.to_dense()
 
 
 def _as_sharded(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,6 @@ move them (`learned_opt.coordinates`). Where it differs from the optimizers of t
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -32,14 +31,14 @@ from learned_opt.coordinates import (
     Rates,
     StateLayout,
     chunks,
+    compute_dtype,
     default_chunk_size,
+    dense,
     local,
 )
 from learned_opt.guard import GuardConfig, Watch
+from learned_opt.optimizer_checks import check_group, check_param, check_settings
 from learned_opt.task import Tensors
-
-PARAM_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-STATE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 Weights = str | os.PathLike[str] | Artifact
 
@@ -82,13 +81,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         chunk_size: int | None = None,
         guard: bool | GuardConfig = False,
     ) -> None:
-        if state_dtype is not None and state_dtype not in STATE_DTYPES:
-            names = ", ".join(map(str, STATE_DTYPES))
-            raise ValueError(f"state_dtype must be None or one of {names}; got {state_dtype}")
-        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-            raise ValueError(f"chunk_size must be None or a number of coordinates, at least 1; got {chunk_size!r}")
-        if not isinstance(guard, (bool, GuardConfig)):
-            raise ValueError(f"guard must be True, False or a GuardConfig; got {guard!r}")
+        check_settings(state_dtype, chunk_size, guard)
         self.guard = (guard if isinstance(guard, GuardConfig) else GuardConfig()) if guard else None
         self.watch = Watch() if guard else None
         self.state_dtype = state_dtype
@@ -96,7 +89,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         self.artifacts: dict[str, Artifact] = {}
         self._forget_caches()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "weights": self._register(weights)}
-        _check_group(defaults)
+        check_group(defaults)
         super().__init__(params, defaults)
 
     def _forget_caches(self) -> None:
@@ -142,12 +135,12 @@ class LearnedOptimizer(torch.optim.Optimizer):
             param_group = dict(param_group)
             if "weights" in param_group:
                 param_group["weights"] = self._register(param_group["weights"])
-            _check_group({**self.defaults, **param_group})
+            check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         try:
             for index, param in enumerate(params):
-                _check_param(param, index)
+                check_param(param, index)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -365,44 +358,9 @@ def _take_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     return {**state_dict, "state": {}, "param_groups": new_groups}
 
 
-def _check_group(values: dict[str, Any]) -> None:
-    lr = values["lr"]
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-        raise ValueError(f"a tensor lr must have one element; got shape {tuple(lr.shape)}")
-    for name in ("lr", "weight_decay"):
-        value = values[name]
-        number = float(value) if isinstance(value, (int, float, torch.Tensor)) else math.nan
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{name} must be a finite number, at least 0; got {value!r}")
-    if not isinstance(values["maximize"], bool):
-        raise ValueError(f"maximize must be True or False; got {values['maximize']!r}")
-
-
-def _check_param(param: torch.Tensor, index: int) -> None:
-    if param.dtype not in PARAM_DTYPES:
-        names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
-        hint = "; pass torch.view_as_real of a complex parameter's data" if param.is_complex() else ""
-        raise ValueError(f"parameter {index} of the group is {param.dtype}; parameters must be one of {names}{hint}")
-    if param.layout != torch.strided:
-        raise ValueError(f"parameter {index} of the group has layout {param.layout}; parameters must be dense")
-
-
 def _put_back(entries: Iterable[Entry]) -> None:
     """Write the result into parameters whose memory is not one stretch, of which the entries hold copies."""
     for entry in entries:
         here = local(entry.key).detach()
         if not here.is_contiguous():
             here.copy_(entry.param.view(here.shape))
-
-
-def compute_dtype(param: torch.Tensor) -> torch.dtype:
-    """What the rule computes in: float32, or float64 for float64 parameters."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def dense(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of this process's part of a parameter, strided: what a sparse one leaves out is zero."""
-    if hasattr(grad, "placements") and grad.placements != getattr(param, "placements", None):
-        grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
-    grad = local(grad)
-    return grad if grad.layout == torch.strided else grad.to_dense()

@@ -32,6 +32,8 @@ def _threads(num_threads: int) -> ThreadPoolExecutor:
             for future in [pool.submit(barrier.wait) for _ in range(num_threads)]:
                 future.result()
             torch.set_num_threads(everywhere)
+            if _pool is not None and _pool[0] == os.getpid():
+                _pool[2].shutdown(wait=False)
             _pool = (os.getpid(), num_threads, pool)
         return _pool[2]
 

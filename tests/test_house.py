@@ -184,13 +184,14 @@ def test_no_import_cycles():
 
 
 # Inner steps: a gradient of a task's loss together with one application of an update rule.
-# `optimizer` and `coordinates` are the drop-in optimizer's step; second-order backprop and imitation replay the rule
-# over steps that the unroll has taken.
+# `optimizer`, `coordinates` and `traced` are the drop-in optimizer's step; second-order backprop and imitation replay the
+# rule over steps that the unroll has taken.
 STEPPERS = (
     "learned_opt.rules",
     "learned_opt.unroll",
     "learned_opt.optimizer",
     "learned_opt.coordinates",
+    "learned_opt.traced",
     "learned_opt.estimators.backprop",
     "learned_opt.estimators.imitation",
 )

@@ -495,8 +495,13 @@ def test_schedulers_give_the_same_lr_as_for_adam(make, build):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by dynamo, on first use
-@pytest.mark.parametrize("lr", [1.0, torch.tensor(0.5)])
-def test_compiles_without_a_graph_break(make, lr):
+@pytest.mark.parametrize(("name", "lr"), [("compact", 1.0), ("l2l", 0.5), ("adam", 0.5)])
+def test_compiles_without_a_graph_break(name, lr):
+    lr = torch.tensor(lr) if lr != 1 else lr
+
+    def make(params, **kwargs):
+        return LearnedOptimizer(params, ARTIFACTS[name], **kwargs)
+
     torch._dynamo.reset()
     model, reference = model_of(), model_of()
     compiled, eager = (

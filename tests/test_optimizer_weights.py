@@ -357,4 +357,4 @@ def test_block_packs_what_it_is_given():
 
 def test_default_chunk_size_shrinks_with_the_rule():
     sizes = [default_chunk_size(rules.get(name).rows_per_coordinate) for name in ("adam", "compact", "rnnprop")]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] <= 8192 and sizes[-1] >= 1024
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] <= 16384 and sizes[-1] >= 1024

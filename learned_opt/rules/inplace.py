@@ -3,7 +3,7 @@
 They give the same numbers as `UpdateRule.update` to rounding; that stays the definition, and tests hold these to it.
 
 For the LSTM, each layer is one matrix product into a reused block of gates (the bias is a column of the weights,
-against a row of ones), and everything elementwise happens where the numbers already are. Chunks of some 1,500
+against a row of ones), and everything elementwise happens where the numbers already are. Chunks of some 3,000
 coordinates of a 2x20 LSTM stay in a core's cache.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from learned_opt.rules.base import UpdateRule
-from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
+from learned_opt.rules.features import NUM_FEATURES, log_and_sign
 from learned_opt.rules.lstm import LSTMRule
 from learned_opt.task import Tensors
 
@@ -50,22 +50,20 @@ def _lstm_update_(
 ) -> torch.Tensor:
     c, n = rule.config, grads.shape[0]
     size = c.hidden_size
-    if c.inputs == "normalized":
-        inputs, averages, active = normalized(grads, state, c.beta, c.eps)
-        state["m"].copy_(averages["m"])
-        state["v"].copy_(averages["v"])
-    else:
-        inputs, active = log_and_sign(grads, c.log_range)
-    if scratch.get("width", torch.empty(0)).shape[0] != n:
+    if "gates" not in scratch or scratch["gates"].shape[1] != n:
         _allocate(rule, theta, n, scratch)
+    inputs = scratch["inputs" if c.dense_units else "joined.0"][:NUM_FEATURES]
+    if c.inputs == "normalized":
+        active = _normalized_(grads, state, c.beta, c.eps, inputs)
+    else:
+        features, active = log_and_sign(grads, c.log_range)
+        inputs.copy_(features)
     if c.dense_units:
         below = scratch["joined.0"][: c.dense_units]
-        torch.mm(scratch["dense"], _with_ones(scratch["inputs"], inputs), out=below)
+        torch.mm(scratch["dense"], scratch["inputs"], out=below)
         # ELU as max(x, exp(min(x, 0)) − 1): torch's own takes twice as long.
         negative = torch.clamp_max(below, 0, out=scratch["elu"]).exp_().sub_(1)
         torch.maximum(below, negative, out=below)
-    else:
-        scratch["joined.0"][:NUM_FEATURES] = inputs
     gates = scratch["gates"]
     i, f, o, candidate = gates.view(4, size, n).unbind(0)
     for layer in range(c.num_layers):
@@ -85,9 +83,16 @@ def _lstm_update_(
     return update.mul_(c.output_scale).masked_fill_(~active, 0)
 
 
-def _with_ones(buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    buffer[:-1] = rows
-    return buffer
+def _normalized_(grads: torch.Tensor, state: Tensors, beta: float, eps: float, inputs: torch.Tensor) -> torch.Tensor:
+    """`features.normalized` with averages and inputs written in place; returns the mask."""
+    m = state["m"].mul_(beta).add_(grads, alpha=1 - beta)
+    v = state["v"].mul_(beta).addcmul_(grads, grads, value=1 - beta)
+    correction = 1 - torch.pow(beta, state["step"] + 1)
+    # Where v is zero the inputs are as good as zero, whatever they are divided by, and the update is masked.
+    scale = (v / correction).sqrt_().add_(eps).reciprocal_()
+    torch.mul(grads, scale, out=inputs[0])
+    torch.mul(m, scale.div_(correction), out=inputs[1])
+    return v > 0
 
 
 def _allocate(rule: LSTMRule, theta: Tensors, n: int, scratch: Scratch) -> None:
@@ -118,4 +123,3 @@ def _allocate(rule: LSTMRule, theta: Tensors, n: int, scratch: Scratch) -> None:
     scratch["top"] = ending_in_ones(size)
     scratch["gates"] = like.new_empty(4 * size, n)
     scratch["update"] = like.new_empty(1, n)
-    scratch["width"] = like.new_empty(n)
