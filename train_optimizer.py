@@ -124,8 +124,8 @@ def assemble(settings: RunConfig) -> MetaTrainer:
 
 
 def build_families(described: dict[str, dict[str, Any]]) -> dict[str, TaskFamily]:
-    """Label -> family, from label -> {name: …, setting: value, …}."""
-    return {label: tasks.get(**values) for label, values in described.items()}
+    """Label -> family, from label -> {name: …, setting: value, …}; an entry with `sample` becomes several."""
+    return tasks.build(described)
 
 
 def meta_train(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any, cast
 
 from learned_opt.task import TaskFamily
@@ -25,11 +26,12 @@ from tasks.linear import Lasso, LogisticRegression, MatrixFactorization, Spectru
 from tasks.module import ModuleFamily
 from tasks.quadratic import Quadratic
 from tasks.recommendation import Recommendation
+from tasks.sampled import SampledMLP, sample_families
 from tasks.sinusoid import Sinusoid
 from tasks.tabular import Tabular
 from tasks.text import CharRNN, CharTransformer
 
-__all__ = ["FAMILIES", "GroupedData", "ModuleFamily", "get"]
+__all__ = ["FAMILIES", "GroupedData", "ModuleFamily", "build", "get", "sample_families"]
 
 FAMILIES: dict[str, type[TaskFamily]] = {
     family.name: family
@@ -46,6 +48,7 @@ FAMILIES: dict[str, type[TaskFamily]] = {
         LogisticRegression,
         Tabular,
         ImageMLP,
+        SampledMLP,
         ImageConv,
         ImageAutoencoder,
         CharRNN,
@@ -86,6 +89,34 @@ def get(name: str, **config: Any) -> TaskFamily:
         if field not in fields:
             raise ValueError(f"task family {name!r} has no field {field!r}; {_suggest(field, fields)}")
     return FAMILIES[name](**config)
+
+
+def build(described: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskFamily]:
+    """Families by label, from a mapping of labels to names and fields, as a configuration file holds them.
+
+    An entry with the key "sample", a mapping of "num", "seed" (0 by default) and the ranges of `sample_families`,
+    becomes several families, labelled with its label and what was drawn.
+
+    Raises:
+        ValueError: what `get` and `sample_families` raise, or an entry without a name.
+    """
+    families: dict[str, TaskFamily] = {}
+    for label, values in described.items():
+        fields = dict(values)
+        if "name" not in fields:
+            raise ValueError(
+                f"family {label!r} needs a name, as in {{name: image_mlp, activation: relu}}; got {fields}"
+            )
+        name, sample = fields.pop("name"), fields.pop("sample", None)
+        if sample is None:
+            families[label] = get(name, **fields)
+            continue
+        if not isinstance(sample, Mapping) or "num" not in sample:
+            raise ValueError(f"family {label!r}: sample must be a mapping with num and ranges; got {sample!r}")
+        ranges = {key: value for key, value in sample.items() if key not in ("num", "seed")}
+        drawn = sample_families(name, ranges, sample["num"], sample.get("seed", 0), **fields)
+        families |= {f"{label} {what}": family for what, family in drawn.items()}
+    return families
 
 
 def _suggest(word: str, known: list[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from learned_opt.task import TaskFamily, Tensors, check_split
-from tasks.activations import ACTIVATIONS
+from tasks.activations import ACTIVATIONS, Activation
 from tasks.data.rows import RowSplit, draw_rows, test_rows
 
 INITS = ("normal", "fan_in")
@@ -137,9 +137,9 @@ def init_mlp(widths: list[int], init: str, init_scale: float, generator: torch.G
     return params
 
 
-def apply_mlp(params: Tensors, activation: str, inputs: torch.Tensor) -> torch.Tensor:
-    """Outputs [rows, widths[-1]] of the MLP that `init_mlp` made."""
-    activate = ACTIVATIONS[activation]
+def apply_mlp(params: Tensors, activation: str | Activation, inputs: torch.Tensor) -> torch.Tensor:
+    """Outputs [rows, widths[-1]] of the MLP that `init_mlp` made, its activation given by name or as a function."""
+    activate = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     x = inputs @ params["weight0"] + params["bias0"]
     for i in range(1, sum(name.startswith("weight") for name in params)):
         x = activate(x) @ params[f"weight{i}"] + params[f"bias{i}"]
