@@ -184,7 +184,7 @@ def test_no_import_cycles():
 
 
 # Inner steps: a gradient of a task's loss together with one application of an update rule.
-# `optimizer`, `coordinates` and `traced` are the drop-in optimizer's step; second-order backprop and imitation replay the
+# `optimizer`, `coordinates` and `traced` are the drop-in optimizer's step; exact backprop and imitation replay the
 # rule over steps that the unroll has taken.
 STEPPERS = (
     "learned_opt.rules",
