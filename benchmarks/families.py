@@ -1,9 +1,10 @@
 """Throughput of every task family: inner steps times particles per second, batched against one by one.
 
-    python benchmarks/families.py [--family NAME …] [--particles 1 8 64] [--seconds 1]
+    python benchmarks/families.py [--family NAME …] [--particles 1 8 64] [--seconds 1] [--ratings-file PATH]
 
 A step is one gradient of every particle's loss and one plain gradient-descent update, with the family's default size;
 drawing mini-batches is counted. "One by one" runs the same number of particles in a Python loop with ordinary autograd.
+Families that read your files are measured where those are given.
 """
 
 from __future__ import annotations
@@ -69,23 +70,26 @@ def one_by_one_rate(family: TaskFamily, seconds: float) -> float:
     return per_second(run, seconds)
 
 
-def default_family(name: str) -> TaskFamily:
+def default_family(name: str, files: dict[str, dict[str, str]]) -> TaskFamily:
     """The family with its default size; augmentations wrap the default digits network."""
     wraps = issubclass(tasks.FAMILIES[name], Augmentation)
-    return tasks.get(name, **({"family": tasks.get("image_mlp")} if wraps else {}))
+    return tasks.get(name, **({"family": tasks.get("image_mlp")} if wraps else files.get(name, {})))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="*", default=list(tasks.FAMILIES), choices=list(tasks.FAMILIES))
+    parser.add_argument("--family", nargs="*", choices=list(tasks.FAMILIES))
     parser.add_argument("--particles", nargs="*", type=int, default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--ratings-file", default="", help="for user_ratings: a file such as MovieLens' u.data")
     options = parser.parse_args()
+    files = {"user_ratings": {"ratings_file": options.ratings_file}}
+    without = [name for name, fields in files.items() if "" in fields.values()]
     torch.set_num_threads(1)
     print("| family | parameters | one by one | " + " | ".join(f"{n} batched" for n in options.particles) + " |")
     print("| --- |" + " ---: |" * (len(options.particles) + 2))
-    for name in options.family:
-        family = default_family(name)
+    for name in options.family or [name for name in tasks.FAMILIES if name not in without]:
+        family = default_family(name, files)
         alone = one_by_one_rate(family, options.seconds)
         cells = []
         for num_particles in options.particles:

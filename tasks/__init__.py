@@ -30,6 +30,7 @@ from tasks.sampled import SampledMLP, sample_families
 from tasks.sinusoid import Sinusoid
 from tasks.tabular import Tabular
 from tasks.text import CharRNN, CharTransformer
+from tasks.user_ratings import UserRatings
 
 __all__ = ["FAMILIES", "GroupedData", "ModuleFamily", "build", "get", "sample_families"]
 
@@ -55,6 +56,7 @@ FAMILIES: dict[str, type[TaskFamily]] = {
         CharTransformer,
         Sinusoid,
         Recommendation,
+        UserRatings,
         Forecasting,
         Pendulum,
         CartPole,
@@ -76,7 +78,8 @@ def get(name: str, **config: Any) -> TaskFamily:
         **config: the family's fields; those left out keep their defaults.
 
     Raises:
-        ValueError: an unknown name or field (near matches are suggested), or a value out of range.
+        ValueError: an unknown name or field (near matches are suggested), a field without default that is left out, or
+            a value out of range.
     """
     if name not in FAMILIES:
         if name == ModuleFamily.name:
@@ -84,10 +87,14 @@ def get(name: str, **config: Any) -> TaskFamily:
                 "a family on your own module is made in Python, not by name: tasks.ModuleFamily(module, loss, data)"
             )
         raise ValueError(f"unknown task family {name!r}; {_suggest(name, sorted(FAMILIES))}")
-    fields = [field.name for field in dataclasses.fields(cast(Any, FAMILIES[name]))]
+    described = dataclasses.fields(cast(Any, FAMILIES[name]))
+    fields = [field.name for field in described]
     for field in config:
         if field not in fields:
             raise ValueError(f"task family {name!r} has no field {field!r}; {_suggest(field, fields)}")
+    for found in described:
+        if found.default is found.default_factory is dataclasses.MISSING and found.name not in config:
+            raise ValueError(f"task family {name!r} needs {found.name}; see the description of its fields")
     return FAMILIES[name](**config)
 
 

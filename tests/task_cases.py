@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 import tasks
 from learned_opt.task import TaskFamily
+from tests.task_files import folder, write_ratings
 
 _QUADRATIC = {"name": "quadratic", "dim": 4}
 _DIGITS = {"name": "image_mlp", "hidden": [4], "batch_size": 6}
+_RATINGS = write_ratings(folder() / "u.data")
 
 CASES: dict[str, dict[str, Any]] = {
     "quadratic": _QUADRATIC,
@@ -47,6 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
     "char_transformer": {"name": "char_transformer", "width": 4, "length": 3, "batch_size": 3, "num_layers": 2},
     "sinusoid": {"name": "sinusoid", "hidden": [5, 4], "num_shots": 4, "num_queries": 7},
     "recommendation": {"name": "recommendation", "num_users": 6, "num_items": 5, "rank": 2, "num_ratings": 12},
+    "user_ratings": {"name": "user_ratings", "ratings_file": str(_RATINGS), "rank": 3, "batch_size": 5},
+    "user_ratings-deep": {"name": "user_ratings", "ratings_file": str(_RATINGS), "rank": 2, "hidden": [3]},
     "forecasting": {"name": "forecasting", "length": 80, "num_lags": 6, "hidden": [4], "batch_size": 5},
     "forecasting-finance": {"name": "forecasting", "length": 80, "num_lags": 6, "hidden": [], "kind": "finance"},
     "pendulum": {"name": "pendulum", "hidden": [3], "num_steps": 3, "batch_size": 3},
