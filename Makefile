@@ -36,7 +36,7 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) -e '.[dev,integrations]'
 	@touch $(VENV)/.installed-demo $@
 
 demo: $(VENV)/.installed-demo
@@ -52,7 +52,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff format .
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(TEST_FLAGS)
 
 clean:
 	rm -rf $(VENV) .venv-ci build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

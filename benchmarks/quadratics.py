@@ -3,7 +3,7 @@
     python train_optimizer.py --preset quadratic_normal --run-dir runs/quadratic_normal
     python train_optimizer.py --preset quadratic_zero_start --run-dir runs/quadratic_zero_start
     python train_optimizer.py --preset quadratic_uniform --run-dir runs/quadratic_uniform
-    python benchmarks/quadratics.py --runs runs --out benchmarks/results/quadratics.json
+    python -m benchmarks.quadratics --runs runs --out benchmarks/results/quadratics.json
 
 For each convention: mean and median over fresh meta-test draws of the loss at steps 100 and 200, and the sum of the
 mean loss over the first 100 steps, with 95 % bootstrap intervals, beside SGD, Nesterov momentum, RMSprop and Adam at
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{convention:10} {name:9} {cells}")
     if options.out:
         document = {
-            "command": "python benchmarks/quadratics.py --runs runs",
+            "command": "python -m benchmarks.quadratics --runs runs",
             "num_tasks": options.num_tasks,
             "results": results,
         }

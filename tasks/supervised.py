@@ -110,7 +110,7 @@ def cross_entropy(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def check_network(hidden: tuple[int, ...], activation: str, init: str, init_scale: float) -> None:
     """Raise ValueError naming the first of these arguments that is out of range."""
-    if any(width < 1 for width in hidden):
+    if any(not isinstance(width, int) or width < 1 for width in hidden):
         raise ValueError(f"hidden widths must be at least 1; got {tuple(hidden)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
