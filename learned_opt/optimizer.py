@@ -164,6 +164,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         for param in group["params"]:
             if param.grad is None:
                 continue
+            if self.guard is not None and hasattr(param, "to_local"):
+                raise ValueError("the guard does not support sharded parameters (DTensor); build the optimizer without")
             state = self.state[param]
             if not state:
                 self._init_state(state, layout, param)
@@ -179,10 +181,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
         state[STEP] = torch.zeros((), dtype=torch.float32)
         if self.guard is not None:
-            if hasattr(param, "to_local"):
-                raise ValueError(
-                    "the guard does not support sharded parameters (DTensor); build the optimizer without it"
-                )
             guards.init_state(state, param, dtype)
 
     @torch.no_grad()
