@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import signal
 import sys
@@ -291,7 +292,9 @@ def main() -> int:
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error}; make room or check the permissions, then continue with --resume", file=sys.stderr)
+        disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+        remedy = "; make room or check the permissions, then continue with --resume" if disk else ""
+        print(f"error: {error}{remedy}", file=sys.stderr)
     return 2
 
 
