@@ -1,6 +1,7 @@
 """Throughput of every task family: inner steps times particles per second, batched against one by one.
 
-    python benchmarks/families.py [--family NAME …] [--particles 1 8 64] [--seconds 1] [--ratings-file PATH]
+    python benchmarks/families.py [--family NAME …] [--particles 1 8 64] [--seconds 1]
+        [--ratings-file PATH] [--omniglot-dir PATH]
 
 A step is one gradient of every particle's loss and one plain gradient-descent update, with the family's default size;
 drawing mini-batches is counted. "One by one" runs the same number of particles in a Python loop with ordinary autograd.
@@ -82,8 +83,12 @@ def main() -> None:
     parser.add_argument("--particles", nargs="*", type=int, default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--ratings-file", default="", help="for user_ratings: a file such as MovieLens' u.data")
+    parser.add_argument("--omniglot-dir", default="", help="for omniglot: a folder with its zip files")
     options = parser.parse_args()
-    files = {"user_ratings": {"ratings_file": options.ratings_file}}
+    files = {
+        "user_ratings": {"ratings_file": options.ratings_file},
+        "omniglot": {"data_dir": options.omniglot_dir},
+    }
     without = [name for name, fields in files.items() if "" in fields.values()]
     torch.set_num_threads(1)
     print("| family | parameters | one by one | " + " | ".join(f"{n} batched" for n in options.particles) + " |")

@@ -24,6 +24,7 @@ from tasks.image_conv import ImageConv
 from tasks.image_mlp import ImageMLP
 from tasks.linear import Lasso, LogisticRegression, MatrixFactorization, SpectrumQuadratic
 from tasks.module import ModuleFamily
+from tasks.omniglot import Omniglot
 from tasks.quadratic import Quadratic
 from tasks.recommendation import Recommendation
 from tasks.sampled import SampledMLP, sample_families
@@ -55,6 +56,7 @@ FAMILIES: dict[str, type[TaskFamily]] = {
         CharRNN,
         CharTransformer,
         Sinusoid,
+        Omniglot,
         Recommendation,
         UserRatings,
         Forecasting,

@@ -51,11 +51,7 @@ class ImageConv(SupervisedFamily):
         super().__post_init__()
         object.__setattr__(self, "channels", tuple(self.channels))
         check_dataset(self.dataset, self.data_dir)
-        if not self.channels or any(c < 1 for c in self.channels):
-            raise ValueError(f"channels must name at least one layer, each of at least 1; got {self.channels}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {self.norm!r}")
-        check_network((), self.activation, "fan_in", self.init_scale)
+        check_conv(self.channels, self.norm, self.activation, self.init_scale)
         if self.norm == "batch" and self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 with norm='batch'; got {self.batch_size}")
 
@@ -63,35 +59,56 @@ class ImageConv(SupervisedFamily):
         return load_split_images(self.dataset, self.data_dir, self.meta_test_from)
 
     def init_params(self, task: Tensors, generator: torch.Generator) -> Tensors:
-        params: Tensors = {}
-        fan_in = 1
-        for i, width in enumerate(self.channels):
-            scale = self.init_scale / math.sqrt(9 * fan_in)
-            params[f"conv{i}"] = torch.randn(width, fan_in, 3, 3, generator=generator) * scale
-            params[f"shift{i}"] = torch.zeros(width)
-            if self.norm != "none":
-                params[f"scale{i}"] = torch.ones(width)
-            fan_in = width
-        num_outputs = self.num_outputs()
-        params["weight"] = torch.randn(fan_in, num_outputs, generator=generator) * (self.init_scale / math.sqrt(fan_in))
-        params["bias"] = torch.zeros(num_outputs)
-        return params
-
-    def _normalize(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        dims = (1, 2, 3) if self.norm == "layer" else (0, 2, 3)
-        centered = x - x.mean(dims, keepdim=True)
-        return centered * (centered.square().mean(dims, keepdim=True) + 1e-5).rsqrt() * scale[:, None, None]
+        return init_conv(self.channels, self.num_outputs(), self.norm, self.init_scale, generator)
 
     def outputs(self, params: Tensors, task: Tensors, inputs: torch.Tensor) -> torch.Tensor:
         side = math.isqrt(inputs.shape[-1])
         if side * side != inputs.shape[-1]:
             raise ValueError(f"image_conv needs square images; got {inputs.shape[-1]} pixels")
-        x = inputs.reshape(-1, 1, side, side)
-        for i in range(len(self.channels)):
-            x = F.conv2d(x, params[f"conv{i}"], padding=1)
-            if self.norm != "none":
-                x = self._normalize(x, params[f"scale{i}"])
-            x = ACTIVATIONS[self.activation](x + params[f"shift{i}"][:, None, None])
-            if x.shape[-1] >= 2:
-                x = F.avg_pool2d(x, 2)
-        return x.mean((2, 3)) @ params["weight"] + params["bias"]
+        return apply_conv(params, self.norm, self.activation, inputs.reshape(-1, 1, side, side))
+
+
+def check_conv(channels: tuple[int, ...], norm: str, activation: str, init_scale: float) -> None:
+    """Raise ValueError naming the first of these arguments that is out of range."""
+    if not channels or any(c < 1 for c in channels):
+        raise ValueError(f"channels must name at least one layer, each of at least 1; got {channels}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}; got {norm!r}")
+    check_network((), activation, "fan_in", init_scale)
+
+
+def init_conv(
+    channels: tuple[int, ...], num_outputs: int, norm: str, init_scale: float, generator: torch.Generator
+) -> Tensors:
+    """The parameters of a network as `ImageConv` describes it, in the order of its layers."""
+    params: Tensors = {}
+    fan_in = 1
+    for i, width in enumerate(channels):
+        scale = init_scale / math.sqrt(9 * fan_in)
+        params[f"conv{i}"] = torch.randn(width, fan_in, 3, 3, generator=generator) * scale
+        params[f"shift{i}"] = torch.zeros(width)
+        if norm != "none":
+            params[f"scale{i}"] = torch.ones(width)
+        fan_in = width
+    params["weight"] = torch.randn(fan_in, num_outputs, generator=generator) * (init_scale / math.sqrt(fan_in))
+    params["bias"] = torch.zeros(num_outputs)
+    return params
+
+
+def apply_conv(params: Tensors, norm: str, activation: str, images: torch.Tensor) -> torch.Tensor:
+    """What the network that `init_conv` made says to images [rows, 1, side, side]: [rows, outputs]."""
+    x = images
+    for i in range(sum(name.startswith("conv") for name in params)):
+        x = F.conv2d(x, params[f"conv{i}"], padding=1)
+        if norm != "none":
+            x = _normalize(x, norm, params[f"scale{i}"])
+        x = ACTIVATIONS[activation](x + params[f"shift{i}"][:, None, None])
+        if x.shape[-1] >= 2:
+            x = F.avg_pool2d(x, 2)
+    return x.mean((2, 3)) @ params["weight"] + params["bias"]
+
+
+def _normalize(x: torch.Tensor, norm: str, scale: torch.Tensor) -> torch.Tensor:
+    dims = (1, 2, 3) if norm == "layer" else (0, 2, 3)
+    centered = x - x.mean(dims, keepdim=True)
+    return centered * (centered.square().mean(dims, keepdim=True) + 1e-5).rsqrt() * scale[:, None, None]

@@ -10,11 +10,17 @@ from torch.nn import functional as F
 
 import tasks
 from learned_opt.task import TaskFamily
-from tests.task_files import folder, write_ratings
+from tests.task_files import folder, write_omniglot, write_ratings
 
 _QUADRATIC = {"name": "quadratic", "dim": 4}
 _DIGITS = {"name": "image_mlp", "hidden": [4], "batch_size": 6}
 _RATINGS = write_ratings(folder() / "u.data")
+_OMNIGLOT = {
+    "name": "omniglot",
+    "data_dir": str(write_omniglot(folder() / "omniglot").parent),
+    "num_ways": 3,
+    "num_queries": 2,
+}
 
 CASES: dict[str, dict[str, Any]] = {
     "quadratic": _QUADRATIC,
@@ -48,6 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
     "char_rnn-gru": {"name": "char_rnn", "hidden": 4, "length": 3, "batch_size": 3, "cell": "gru"},
     "char_transformer": {"name": "char_transformer", "width": 4, "length": 3, "batch_size": 3, "num_layers": 2},
     "sinusoid": {"name": "sinusoid", "hidden": [5, 4], "num_shots": 4, "num_queries": 7},
+    "omniglot": {**_OMNIGLOT, "channels": [2, 2]},
+    "omniglot-mlp": {**_OMNIGLOT, "num_shots": 2, "channels": [], "hidden": [3], "rotated": True},
     "recommendation": {"name": "recommendation", "num_users": 6, "num_items": 5, "rank": 2, "num_ratings": 12},
     "user_ratings": {"name": "user_ratings", "ratings_file": str(_RATINGS), "rank": 3, "batch_size": 5},
     "user_ratings-deep": {"name": "user_ratings", "ratings_file": str(_RATINGS), "rank": 2, "hidden": [3]},

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = (
+    "PIL",
     "accelerate",
     "lightning",
     "matplotlib",
