@@ -124,8 +124,10 @@ class Watch:
             "accept": the present parameters are the ones to return to from now on; "restore": return to those, and
             forget what was remembered on the way; "go on": neither.
         """
+        if not math.isfinite(loss):
+            loss = math.inf
         if self.first is None:
-            if not math.isfinite(loss):
+            if loss == math.inf:
                 return "go on"  # nothing to compare with, and nowhere to return to
             self.first = loss
             self.losses = [loss]
@@ -190,10 +192,15 @@ class Watch:
         return "accept"
 
     def _judge_adam(self, config: GuardConfig) -> Action:
-        verdict, level, error, spread = self._compare(config)
+        if not all(map(math.isfinite, self.losses)):
+            self.losses = []
+            return "go on"
+        # What comes next is compared with where Adam got to, not with where it was on average.
+        end = _end_of_trend(self.losses)
+        verdict, _, error, spread = self._compare(config)
         if verdict == 1:
             return "go on"
-        self.level, self.error, self.spread = level, error, spread
+        self.level, self.error, self.spread = end, 2 * error, spread
         return "accept"
 
     def _fall_back(self, config: GuardConfig) -> Action:
@@ -212,6 +219,14 @@ def _spread(losses: Sequence[float]) -> float:
         return 0.0
     slope, level = statistics.linear_regression(steps, losses)
     return math.sqrt(sum((y - level - slope * x) ** 2 for x, y in zip(steps, losses)) / (len(losses) - 2))
+
+
+def _end_of_trend(losses: Sequence[float]) -> float:
+    """Where a line through the losses ends; its standard error is about twice that of their mean."""
+    if len(losses) < 3:
+        return losses[-1]
+    slope, level = statistics.linear_regression(range(len(losses)), losses)
+    return level + slope * (len(losses) - 1)
 
 
 def init_state(state: dict[str, Any], param: torch.Tensor, dtype: torch.dtype) -> None:

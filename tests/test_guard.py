@@ -326,6 +326,23 @@ def test_watch_is_patient_with_slow_progress():
     assert "restore" not in actions
 
 
+def test_watch_bears_non_finite_losses_of_adam():
+    watch = Watch()
+    observe_all(watch, [10.0, float("-inf")])
+    assert not watch.learned
+    actions = observe_all(watch, [5.0, float("nan")] * 10)
+    assert set(actions) == {"go on"} and watch.learned and watch.level is None
+
+
+def test_watch_compares_with_where_adam_got_to():
+    watch = Watch()
+    observe_all(watch, [10.0, float("inf")])
+    observe_all(watch, [9.0 - 0.1 * step for step in range(20)])
+    assert watch.learned and watch.level == pytest.approx(7.1)
+    # Standing still there is no progress, although Adam's last window was higher on average.
+    assert observe_all(watch, [7.1] * 10)[-1] == "restore"
+
+
 def test_watch_waits_for_a_first_finite_loss():
     watch = Watch()
     assert observe_all(watch, [float("inf"), float("nan"), 3.0]) == ["go on", "go on", "accept"]
