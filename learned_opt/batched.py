@@ -182,9 +182,9 @@ class BatchedFamily:
                 if any(part in str(error) for part in _NOT_FOR_ONE_BY_ONE):
                     raise
                 reason = str(error).strip().splitlines()[0]
-            state = torch.get_rng_state()
+            states = self._global_states()
             outputs = one_by_one(*arguments)  # what is wrong with the family itself is raised here, by its own name
-            if not torch.equal(state, torch.get_rng_state()):
+            if not all(map(torch.equal, states, self._global_states())):
                 raise ValueError(
                     f"{self.family.name}: {method} draws random numbers from torch's global generator; draw them in "
                     "sample_task or sample_batches from the generator given there"
@@ -201,6 +201,11 @@ class BatchedFamily:
             return outputs
 
         return run
+
+    def _global_states(self) -> list[torch.Tensor]:
+        """Where torch's global generators stand, the device's own among them."""
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else states
 
     def losses(self, params: torch.Tensor, tasks: Tensors, batch: Tensors) -> torch.Tensor:
         """Losses [particles] at `params` [particles, num_parameters]."""
