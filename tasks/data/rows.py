@@ -13,8 +13,10 @@ import torch
 
 from learned_opt.task import SPLITS, Tensors
 
+ROW_SHARES = (0.5, 0.2, 0.3)
+"""Meta-train, meta-validation and meta-test shares of a data set's rows: models are trained on each, also on the last."""
 SPLIT_SHARES = (0.6, 0.2, 0.2)
-"""Meta-train, meta-validation and meta-test shares of the rows (or of the groups)."""
+"""The same for groups, users or characters, each of which is a task of its own."""
 _HELD_OUT_SHARE = 0.25
 _MOST_HELD_OUT = 1000
 
@@ -66,7 +68,7 @@ def split_rows(num_rows: int, meta_test_from: int = 0) -> RowSplit:
 
     Args:
         num_rows: at least 12.
-        meta_test_from: 0 deals out one fixed permutation, 60 % meta-train, 20 % meta-validation, 20 % meta-test.
+        meta_test_from: 0 deals out one fixed permutation, 50 % meta-train, 20 % meta-validation, 30 % meta-test.
             Otherwise rows keep their order: those from this number on are meta-test, and the last fifth of those before
             it meta-validation.
 
@@ -84,7 +86,7 @@ def split_rows(num_rows: int, meta_test_from: int = 0) -> RowSplit:
             )
     else:
         order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0))
-        first, second = int(num_rows * SPLIT_SHARES[0]), int(num_rows * (SPLIT_SHARES[0] + SPLIT_SHARES[1]))
+        first, second = int(num_rows * ROW_SHARES[0]), int(num_rows * (ROW_SHARES[0] + ROW_SHARES[1]))
         cuts = [0, first, second, num_rows]
     sizes = [b - a for a, b in zip(cuts, cuts[1:])]
     num_test = max(1, min(_MOST_HELD_OUT, int(min(sizes) * _HELD_OUT_SHARE)))
