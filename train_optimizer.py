@@ -35,14 +35,16 @@ import tasks
 from learned_opt import config as configuration
 from learned_opt import estimators, rules
 from learned_opt.artifact import Artifact, save_artifact
+from learned_opt.artifact import load as load_artifact_or_shipped
 from learned_opt.checkpoints import CheckpointFolder
 from learned_opt.config import RunConfig
 from learned_opt.evaluation import BASELINES, Comparison, Learned, compare
 from learned_opt.files import write_atomically
 from learned_opt.meta_trainer import MetaTrainer
 from learned_opt.progress import Progress
+from learned_opt.rules import UpdateRule
 from learned_opt.run_folder import RunFolder
-from learned_opt.task import TaskFamily
+from learned_opt.task import TaskFamily, Tensors
 from learned_opt.tracking import Mode, Tracker
 
 
@@ -114,14 +116,27 @@ def _yaml_dicts() -> tyro.constructors.ConstructorRegistry:
 
 def assemble(settings: RunConfig) -> MetaTrainer:
     """The meta-trainer that the settings describe."""
+    rule = rules.get(settings.rule, **settings.rule_settings)
     return MetaTrainer(
-        rules.get(settings.rule, **settings.rule_settings),
+        rule,
         build_families(settings.families),
         settings.trainer,
         estimators.get(settings.estimator, **settings.estimator_settings),
         validation_families=build_families(settings.validation_families),
+        theta=starting_theta(settings.start_from, rule) if settings.start_from else None,
         device=settings.device,
     )
+
+
+def starting_theta(path: str, rule: UpdateRule) -> Tensors:
+    """The theta of an exported optimizer, which must be of this rule."""
+    found = load_artifact_or_shipped(path)
+    if (found.rule.kind, found.rule.settings()) != (rule.kind, rule.settings()):
+        raise ValueError(
+            f"start_from names {path}, whose rule is {found.rule.kind} with {found.rule.settings()}; "
+            f"the run's rule is {rule.kind} with {rule.settings()}"
+        )
+    return found.theta
 
 
 def build_families(described: dict[str, dict[str, Any]]) -> dict[str, TaskFamily]:

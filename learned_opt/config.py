@@ -32,6 +32,8 @@ class RunConfig:
     Attributes:
         rule: name of the update rule, see `learned_opt.rules.RULES`.
         rule_settings: settings of the rule that differ from the named ones.
+        start_from: exported file, or name of an optimizer that ships, whose theta to start from, for instance to go on
+            with another estimator; empty to start afresh.
         families: label -> task family to meta-train on, as {name: …, setting: value, …}.
         validation_families: label -> family that the checkpoint is chosen on; empty for the training families.
         estimator: name of the meta-gradient estimator, see `learned_opt.estimators.ESTIMATORS`.
@@ -54,6 +56,7 @@ class RunConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     rule: str = "compact"
     rule_settings: Settings = dataclasses.field(default_factory=dict)
+    start_from: str = ""
     families: dict[str, Settings] = dataclasses.field(default_factory=lambda: {"digits": {"name": "image_mlp"}})
     validation_families: dict[str, Settings] = dataclasses.field(default_factory=dict)
     estimator: str = "backprop"

@@ -196,6 +196,20 @@ def test_diagnostics_are_logged_and_change_nothing(in_process, undisturbed, monk
     assert hash_of(tmp_path / "run") == hash_of(undisturbed)
 
 
+def test_a_run_may_start_from_an_exported_theta(in_process, undisturbed, monkeypatch, tmp_path):
+    exported = str(undisturbed / "optimizer.safetensors")
+    settings = load(
+        Path(config_file(tmp_path, start_from=exported, estimator="backprop", estimator_settings={"order": 2}))
+    )
+    trainer = train_optimizer.assemble(settings)
+    for name, value in load_artifact(exported).theta.items():
+        assert torch.equal(trainer.theta[name], value)
+    status, said = in_process(
+        "--config", config_file(tmp_path, start_from=exported, rule="l2l"), "--run-dir", str(tmp_path / "run")
+    )
+    assert status == 2 and f"start_from names {exported}, whose rule is lstm with" in said
+
+
 def test_evaluation_writes_table_results_and_picture(in_process, tmp_path):
     small = {**SMALL["trainer"], "outer_steps": 2}
     evaluation = {"horizon": 6, "num_tasks": 3, "seeds": [0, 1], "num_validation_tasks": 2, "num_resamples": 50}
