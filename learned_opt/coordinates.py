@@ -22,17 +22,26 @@ from typing import Any
 import torch
 
 from learned_opt import workers
+from learned_opt.rules import fused
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.inplace import Scratch, update_
+from learned_opt.rules.lstm import LSTMRule
 from learned_opt.task import Tensors
 
 STEP = "step"
 _CACHE_NUMBERS = 2**19
 """Numbers that may be in use at once by a chunk: state and gates of a 2x20 LSTM for 3,000 coordinates, 2 MiB."""
+_GPU_NUMBERS = 2**26
+"""The same on a GPU, where few large launches count: 400,000 coordinates of that LSTM, 256 MiB."""
 
 
-def default_chunk_size(num_rows: int) -> int:
-    """Coordinates per chunk that keep the temporaries of a rule with so many rows of state in a core's cache."""
+def default_chunk_size(num_rows: int, device_type: str = "cpu") -> int:
+    """Coordinates per chunk that keep the temporaries of a rule with so many rows of state in a core's cache.
+
+    On a GPU: in 256 MiB.
+    """
+    if device_type == "cuda":
+        return max(_GPU_NUMBERS // (2 * num_rows + 1) // 256 * 256, 1024)
     return min(max(_CACHE_NUMBERS // (2 * num_rows + 1) // 256 * 256, 1024), 16384)
 
 
@@ -298,8 +307,11 @@ class Program:
     def _stepper(self) -> Callable[[Chunk], None]:
         scratch: Scratch = {}
         lr, keep = self.rates.lr, 1 - self.rates.lr * self.rates.weight_decay
+        fused_step = self._fused_stepper(fused.Factors(lr, keep, self.rates.maximize))
 
         def step(chunk: Chunk) -> None:
+            if fused_step is not None and fused_step(chunk):
+                return
             grads, params, rows, state = self._inputs(chunk)
             update = update_(self.rule, self.theta, grads, params, state, scratch)
             if rows is not chunk.rows:
@@ -310,6 +322,26 @@ class Program:
             # Parameters of lower precision are rounded once, here.
             moved = torch.add(params * keep, update, alpha=lr)
             torch._foreach_copy_(chunk.params, list(moved.split([p.numel() for p in chunk.params])))
+
+        return step
+
+    def _fused_stepper(self, factors: fused.Factors) -> Callable[[Chunk], bool] | None:
+        """What takes a chunk's step in one kernel, or says that it cannot; None where there is no such kernel."""
+        rule = self.rule
+        if not isinstance(rule, LSTMRule) or not fused.wanted(rule, self.theta["output.bias"].device, self.dtype):
+            return None
+        weights = fused.flat_weights(rule, self.theta)
+
+        def step(chunk: Chunk) -> bool:
+            sizes = [p.numel() for p in chunk.params]
+            # The kernel reads and writes lower precision itself: nothing is converted here.
+            params = chunk.params[0] if len(sizes) == 1 else torch.cat(chunk.params)
+            grads = chunk.grads[0].contiguous() if len(sizes) == 1 else torch.cat(chunk.grads)
+            counts = list(zip(chunk.steps, sizes))
+            taken = fused.fused_step(rule, self.theta, weights, params, grads, chunk.rows, counts, factors)
+            if taken and len(sizes) > 1:
+                torch._foreach_copy_(chunk.params, list(params.split(sizes)))
+            return taken
 
         return step
 

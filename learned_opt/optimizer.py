@@ -7,6 +7,8 @@ move them (`learned_opt.coordinates`). Where it differs from the optimizers of t
   parameters nor its memory move, so that the dummy step of a distributed checkpoint leaves no trace.
 - State is kept in float32 for parameters of lower precision, and comes back from `load_state_dict` to the bit.
 - A group's "weights" names the learned weights and their hash; state of other weights is refused.
+- On a GPU with Triton, an LSTM without guard steps in one kernel, once that has been found to agree with the rule. The
+  environment variable LEARNED_OPT_FUSED=0 turns it off (`learned_opt.rules.fused`).
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         maximize: climb the loss instead of descending it.
         state_dtype: how state is stored; by default float32 (float64 for float64 parameters). torch.bfloat16 halves it.
         chunk_size: coordinates per call of the rule, which bounds the memory of temporaries; None for as many as fit
-            into a core's cache.
+            into a core's cache; on a GPU, into 256 MiB.
         guard: whether to guard against ruin, at 12 more bytes a parameter; see `learned_opt.guard`, and pass the loss
             to `step`. Not for sharded parameters and compiled steps.
 
@@ -244,8 +246,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ]
 
     def _chunks(self, entries: Sequence[Entry], program: Program) -> list[Chunk]:
-        keys = program.layout.keys
-        return list(chunks(entries, self._blocks, keys, self.chunk_size or default_chunk_size(len(keys))))
+        keys, device = program.layout.keys, entries[0].param.device.type
+        return list(chunks(entries, self._blocks, keys, self.chunk_size or default_chunk_size(len(keys), device)))
 
     def _step_guarded(self, work: Sequence[Any], loss: float | torch.Tensor | None) -> None:
         assert self.guard is not None and self.watch is not None
