@@ -14,7 +14,7 @@ import torch
 from learned_opt.task import SPLITS, Tensors
 
 ROW_SHARES = (0.5, 0.2, 0.3)
-"""Meta-train, meta-validation and meta-test shares of a data set's rows: models are trained on each, also on the last."""
+"""Meta-train, meta-validation and meta-test shares of a data set's rows; models are trained on all three kinds."""
 SPLIT_SHARES = (0.6, 0.2, 0.2)
 """The same for groups, users or characters, each of which is a task of its own."""
 _HELD_OUT_SHARE = 0.25
