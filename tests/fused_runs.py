@@ -165,7 +165,7 @@ def compiled() -> dict[str, Any]:
         signature |= dict.fromkeys(("correction_stride", "n", "row_stride"), "i32")
         signature |= dict.fromkeys(("lr", "keep", "direction"), "fp32")
         signature |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(lstm_step, {key: signature[key] for key in lstm_step.arg_names}, constexprs=constants)
+        source = ASTSource(lstm_step, {key: signature[key] for key in lstm_step.arg_names}, constants)
         done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         matrix_products = len(re.findall(r"mma\.(?:sync|async)", done.asm["ptx"]))
         out[f"{name}, {capability}"] = [matrix_products, done.metadata.shared, len(done.asm["cubin"])]

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def test_who_gets_the_kernel(monkeypatch):
     cuda, float32 = torch.device("cuda:0"), torch.float32
     compact = rules.get("compact")
     monkeypatch.delenv("LEARNED_OPT_FUSED", raising=False)
-    monkeypatch.setattr(fused, "_importable", lambda: True)
+    monkeypatch.setattr(fused, "_has_triton", lambda: True)
     assert fused.wanted(compact, cuda, float32)
     assert fused.wanted(rules.get("l2l"), cuda, float32)
     assert not fused.wanted(compact, torch.device("cpu"), float32)
@@ -213,8 +214,20 @@ def test_who_gets_the_kernel(monkeypatch):
     monkeypatch.setenv("LEARNED_OPT_FUSED", "0")
     assert not fused.wanted(compact, cuda, float32)
     monkeypatch.delenv("LEARNED_OPT_FUSED")
-    monkeypatch.setattr(fused, "_importable", lambda: False)
+    monkeypatch.setattr(fused, "_has_triton", lambda: False)
     assert not fused.wanted(compact, cuda, float32)
+
+
+@pytest.mark.parametrize(
+    ("version", "enough"), [("3.2.0", False), ("3.3.0", True), ("3.10.1+git1", True), ("4.0", True)]
+)
+def test_old_versions_of_triton_are_left_alone(monkeypatch, version, enough):
+    module = types.ModuleType("triton")
+    module.__version__ = version
+    monkeypatch.setitem(sys.modules, "triton", module)
+    assert fused._has_triton.__wrapped__() == enough
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert not fused._has_triton.__wrapped__()
 
 
 def test_chunks_on_a_gpu_are_large_and_bounded():

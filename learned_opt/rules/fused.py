@@ -1,8 +1,9 @@
 """The LSTM rule's step on a GPU as one Triton kernel, or nothing, in which case plain torch takes the step.
 
 Plain torch stays the definition. The first time that settings, dtypes and a device meet, the kernel steps a small
-made-up sample, and the result is held to `LSTMRule.update` on the CPU. Without Triton, plain torch is used and nothing
-said; if the kernel raises or disagrees, a `FusedStepWarning` says so once, and plain torch is used from then on.
+made-up sample, and the result is held to `LSTMRule.update` on the CPU. If the kernel raises or disagrees, a
+`FusedStepWarning` says so once, and plain torch is used from then on; without Triton 3.3 or later from the start, and
+nothing is said.
 
 Set the environment variable LEARNED_OPT_FUSED to 0 to do without the kernel; it is read at every step.
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,9 @@ from learned_opt.task import Tensors
 MAX_UNITS = 64
 """Widest hidden or dense layer for the kernel, whose tiles of weights must fit a multiprocessor's shared memory. Matrix
 products dominate the step of wider rules, and plain torch is good at those."""
+
+OLDEST_TRITON = (3, 3)
+"""The version that comes with torch 2.7."""
 
 SAMPLE = 208
 """Coordinates of the sample that a kernel is tried on: several blocks, the last not full. A multiple of 16, as the rows
@@ -55,12 +59,17 @@ def wanted(rule: UpdateRule, device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if type(rule) is not LSTMRule or max(rule.config.hidden_size, rule.config.dense_units) > MAX_UNITS:
         return False
-    return _importable()
+    return _has_triton()
 
 
 @functools.cache
-def _importable() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has_triton() -> bool:
+    """Whether Triton is there and recent enough: the compiler of 3.2 ends the process over some of these kernels."""
+    try:
+        import triton
+    except Exception:  # a broken installation raises what it likes
+        return False
+    return tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) >= OLDEST_TRITON
 
 
 def flat_weights(rule: LSTMRule, theta: Tensors) -> torch.Tensor:
