@@ -192,6 +192,7 @@ def export(trainer: MetaTrainer, settings: RunConfig, folder: RunFolder) -> Arti
     """Write the best theta as one file."""
     provenance = {
         "families": settings.families,
+        "start_from": settings.start_from,
         "estimator": settings.estimator,
         "horizon": settings.trainer.horizons.longest,
         "truncation": settings.trainer.truncation,

@@ -1,7 +1,10 @@
-"""Learned optimizers on ten-dimensional quadratics, in the three conventions of the literature.
+r"""Learned optimizers on ten-dimensional quadratics, in the three conventions of the literature.
 
     python train_optimizer.py --preset quadratic_normal --run-dir runs/quadratic_normal
-    python train_optimizer.py --preset quadratic_zero_start --run-dir runs/quadratic_zero_start
+    python train_optimizer.py --preset quadratic_zero_start --run-dir runs/first
+    python train_optimizer.py --preset quadratic_zero_start --run-dir runs/quadratic_zero_start \
+        --start-from runs/first/optimizer.safetensors --trainer.num-particles 512 --trainer.outer-steps 800 \
+        --trainer.learning-rate 1e-3 --trainer.validation-every 50
     python train_optimizer.py --preset quadratic_uniform --run-dir runs/quadratic_uniform
     python -m benchmarks.quadratics --runs runs --out benchmarks/results/quadratics.json
 
