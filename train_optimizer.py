@@ -1,7 +1,7 @@
 """Meta-train an update rule into an optimizer: configure, assemble, loop, export, compare.
 
     python train_optimizer.py                                   the demo preset
-    python train_optimizer.py --preset quadratic_normal         another preset
+    python train_optimizer.py --preset quadratic         another preset
     python train_optimizer.py --config my.yaml --trainer.outer-steps 2000
     python train_optimizer.py --resume runs/digits              continue a run that was stopped
 

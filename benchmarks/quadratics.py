@@ -1,6 +1,6 @@
 r"""Learned optimizers on ten-dimensional quadratics, in the three conventions of the literature.
 
-    python train_optimizer.py --preset quadratic_normal --run-dir runs/quadratic_normal
+    python train_optimizer.py --preset quadratic --run-dir runs/quadratic_normal
     python train_optimizer.py --preset quadratic_zero_start --run-dir runs/first
     python train_optimizer.py --preset quadratic_zero_start --run-dir runs/quadratic_zero_start \
         --start-from runs/first/optimizer.safetensors --trainer.num-particles 512 --trainer.outer-steps 800 \
