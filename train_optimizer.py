@@ -283,6 +283,10 @@ def run(arguments: Arguments) -> int:
             report(evaluate(artifact, settings, folder, settings.device), folder, tracker, progress)
         tracker.finish()
         return 0
+    except KeyboardInterrupt:
+        progress.say(f"interrupted; continue with: python train_optimizer.py --resume {folder.path}")
+        tracker.finish(exit_code=1)
+        return 128 + signal.SIGINT
     except BaseException:
         tracker.finish(exit_code=1)
         raise

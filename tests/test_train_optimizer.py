@@ -269,6 +269,18 @@ def test_a_full_disk_names_the_remedy_and_keeps_the_checkpoints(in_process, monk
     assert hash_of(tmp_path / "run")
 
 
+def test_an_interrupted_comparison_says_how_to_continue(in_process, monkeypatch, tmp_path):
+    def interrupted(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_optimizer, "compare", interrupted)
+    path = config_file(tmp_path, trainer={**SMALL["trainer"], "outer_steps": 1}, baselines=["adam"])
+    status, said = in_process("--config", path, "--run-dir", str(tmp_path / "run"))
+    assert status == 130
+    assert f"interrupted; continue with: python train_optimizer.py --resume {tmp_path / 'run'}" in said
+    assert (tmp_path / "run" / "optimizer.safetensors").is_file()
+
+
 def test_missing_extras_are_named(tmp_path):
     (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')")
     done = run("--help", env={**os.environ, "PYTHONPATH": str(tmp_path)})
