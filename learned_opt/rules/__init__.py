@@ -8,7 +8,6 @@ from typing import Any
 
 from learned_opt.rules.adam import AdamRule, AdamRuleConfig
 from learned_opt.rules.base import (
-    DEFAULT_CHUNK,
     RuleConfig,
     UpdateRule,
     check_types,
@@ -20,7 +19,6 @@ from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
 from learned_opt.rules.sgd import SGDRule, SGDRuleConfig
 
 __all__ = [
-    "DEFAULT_CHUNK",
     "RULES",
     "AdamRule",
     "AdamRuleConfig",

@@ -18,9 +18,6 @@ import torch
 
 from learned_opt.task import Tensors
 
-DEFAULT_CHUNK = 4096
-"""Coordinates per chunk of a step: few enough that the temporaries of a 2x20 LSTM stay in a core's cache."""
-
 _CACHED_NUMBERS = 2**18
 """How many numbers of rule state a chunk may have for its temporaries to stay in a core's second-level cache."""
 
