@@ -150,6 +150,7 @@ def meta_train(
     """The outer loop. Returns 0 when it is done, or the number of the signal that stopped it."""
     checkpoints = CheckpointFolder(folder.checkpoints, keep=settings.keep_checkpoints)
     signals = StopSignals()
+    saved = -1
     with progress, signals:
         while not trainer.finished and not signals.received:
             before = trainer.totals["inner_steps"]
@@ -164,9 +165,12 @@ def meta_train(
             if settings.diagnose_every and trainer.outer_step % settings.diagnose_every == 0:
                 metrics |= diagnose(trainer, settings)
             tracker.log(metrics, trainer.outer_step)
-            last = trainer.finished
-            if improved or last or trainer.outer_step % settings.checkpoint_every == 0 or signals.received:
+            if improved or trainer.finished or trainer.outer_step % settings.checkpoint_every == 0:
                 checkpoints.save(trainer.state_dict(), trainer.outer_step, best=improved)
+                saved = trainer.outer_step
+        # Here, and not in the loop: a signal may come at any moment, also before the first step.
+        if signals.received and saved != trainer.outer_step:
+            checkpoints.save(trainer.state_dict(), trainer.outer_step)
     return signals.received
 
 
@@ -256,7 +260,9 @@ def run(arguments: Arguments) -> int:
     if resuming:
         folder = RunFolder(Path(arguments.resume))
         folder.resume(settings)
-        trainer.load_state_dict(CheckpointFolder(folder.checkpoints).load_latest(fall_back=arguments.fall_back))
+        checkpoints = CheckpointFolder(folder.checkpoints)
+        if checkpoints.latest() is not None:  # a run killed before its first checkpoint starts over: the same bits
+            trainer.load_state_dict(checkpoints.load_latest(fall_back=arguments.fall_back))
     else:
         stem = Path(arguments.config).stem if arguments.config else arguments.preset
         folder = RunFolder(Path(arguments.run_dir)) if arguments.run_dir else RunFolder.new(Path("runs"), stem)

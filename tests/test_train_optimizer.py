@@ -144,6 +144,34 @@ def test_killed_at_random_and_resumed_ends_with_the_same_bits(undisturbed, tmp_p
     assert hash_of(folder) == hash_of(undisturbed)
 
 
+def test_killed_before_the_first_checkpoint_it_starts_over(in_process, undisturbed, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(undisturbed / "config.yaml", folder)
+    status, said = in_process("--resume", str(folder))
+    assert status == 0, said
+    assert hash_of(folder) == hash_of(undisturbed)
+
+
+def test_a_signal_before_the_first_step_saves_too(in_process, undisturbed, monkeypatch, tmp_path):
+    enter = train_optimizer.StopSignals.__enter__
+
+    def at_once(self):
+        entered = enter(self)
+        self.received = signal.SIGTERM
+        return entered
+
+    folder = tmp_path / "run"
+    monkeypatch.setattr(train_optimizer.StopSignals, "__enter__", at_once)
+    status, said = in_process("--config", config_file(tmp_path), "--run-dir", str(folder))
+    assert status == 128 + signal.SIGTERM, said
+    assert "stopped at outer step 0" in said and final_state(folder)["outer_step"] == 0
+    monkeypatch.undo()
+    status, said = in_process("--resume", str(folder))
+    assert status == 0, said
+    assert hash_of(folder) == hash_of(undisturbed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_resume(in_process, undisturbed, tmp_path, number):
     folder = tmp_path / "run"
