@@ -51,6 +51,7 @@ class BatchedFamily:
     Attributes:
         names, shapes: the parameters of one task, in order.
         num_parameters: how many numbers that is.
+        judged_apart: whether a loss of its own judges the family's parameters (`TaskFamily.query_loss`).
 
     Warns:
         OneByOneWarning: once, when `torch.func.vmap` cannot batch the family's loss or metrics.
@@ -93,11 +94,14 @@ class BatchedFamily:
         batch = {name: value[0] for name, value in self._move(batches).items()}
         with torch.no_grad():
             loss = self.family.loss(params, {**task, **self._shared}, batch)
-        if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise ValueError(
-                f"{self.family.name}: loss must return a scalar tensor; got {got}. Reduce it, e.g. with .mean()"
-            )
+            query_loss = self.family.query_loss(params, {**task, **self._shared}, batch)
+        self.judged_apart = query_loss is not None
+        for method, value in (("loss", loss), ("query_loss", query_loss if self.judged_apart else loss)):
+            if not isinstance(value, torch.Tensor) or value.dim() != 0:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(
+                    f"{self.family.name}: {method} must return a scalar tensor; got {got}. Reduce it, e.g. with .mean()"
+                )
 
     def _move(self, tensors: Tensors) -> Tensors:
         return {
@@ -157,6 +161,11 @@ class BatchedFamily:
 
     def _loss(self, params: torch.Tensor, task: Tensors, shared: Tensors, batch: Tensors) -> torch.Tensor:
         return self.family.loss(self.unflatten(params), {**task, **shared}, batch)
+
+    def _judging_loss(self, params: torch.Tensor, task: Tensors, shared: Tensors, batch: Tensors) -> torch.Tensor:
+        loss = self.family.query_loss(self.unflatten(params), {**task, **shared}, batch)
+        assert loss is not None  # seen when the family was checked
+        return loss
 
     def _vectorize(self, function: Callable[..., Any], method: str = "loss") -> Callable[..., Any]:
         """The function for all particles at once; one by one once `vmap` has refused this method of the family."""
@@ -226,6 +235,20 @@ class BatchedFamily:
             grads, losses = self._run("grad", function, params, tasks, batch)
         return losses, grads
 
+    def judge(
+        self, params: torch.Tensor, tasks: Tensors, batch: Tensors, *, differentiable: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `losses_and_grads` returns, of the loss that judges: the family's `query_loss` where it has one."""
+        if not self.judged_apart:
+            return self.losses_and_grads(params, tasks, batch, differentiable=differentiable)
+        function = self._vectorize(grad_and_value(self._judging_loss), "query_loss")
+        if differentiable:
+            grads, losses = function(params, tasks, self._shared, batch)
+            return losses, grads
+        with torch.no_grad():
+            grads, losses = self._run("judge", function, params, tasks, batch)
+        return losses, grads
+
     def eval_metrics(self, params: torch.Tensor, tasks: Tensors) -> Tensors:
         """The family's reported metrics, each [particles]; empty where the family reports none."""
 
@@ -245,7 +268,7 @@ class BatchedFamily:
         )
         seen = self._traced.get(key, 0)
         if isinstance(seen, int):
-            if seen < _CALLS_BEFORE_TRACE or "loss" in self._one_by_one:
+            if seen < _CALLS_BEFORE_TRACE or self._one_by_one & {"loss", "query_loss"}:
                 self._traced[key] = seen + 1
                 return function(*arguments)
 

@@ -49,7 +49,9 @@ class Particles:
         seeds, episodes, steps, horizons: per particle, plain integers.
         tasks: constants, each [particles, …].
         params, grads: [particles, num_parameters]; the gradient is that of the current step's batch at `params`.
-        losses, initial: [particles]; the loss at `params`, and that at the episode's start.
+        losses: [particles], at `params`.
+        initial: [particles], the loss that judges, at the parameters that the family drew for the episode: the scale
+            of the task, also where the episode starts from learned initial parameters.
         rule_state: tensors [..., particles · num_parameters].
     """
 
@@ -115,7 +117,8 @@ def start_particles(
         tasks, params = batched.start(plan.split, seeds)
         batch = first(batched.batches(tasks, seeds, [0] * len(ids), 1))
         losses, grads = batched.losses_and_grads(params, tasks, batch)
-        bad = ~finite(losses, grads)
+        initial = batched.judge(params, tasks, batch)[0] if batched.judged_apart else losses.clone()
+        bad = ~(finite(losses, grads) & torch.isfinite(initial))
         if not bad.any():
             break
         episodes = [e + int(b) for e, b in zip(episodes, bad.tolist())]
@@ -125,9 +128,47 @@ def start_particles(
             f"{_DRAWS_BEFORE_GIVING_UP} draws of a task in a row; check the family's loss, data and init_params"
         )
     state = rule.init_state(params.numel(), dtype=batched.dtype, device=batched.device) if rule else {}
-    return Particles(
-        ids, seeds, episodes, [0] * len(ids), horizons, tasks, params, grads, losses, losses.clone(), state
-    )
+    return Particles(ids, seeds, episodes, [0] * len(ids), horizons, tasks, params, grads, losses, initial, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Particles that were put at learned initial parameters.
+
+    Attributes:
+        columns: their indices, [k].
+        params: [k, num_parameters].
+        tasks, batch: the constants and the batch of the gradient there.
+    """
+
+    columns: torch.Tensor
+    params: torch.Tensor
+    tasks: Tensors
+    batch: Tensors
+
+
+def place(batched: BatchedFamily, particles: Particles, initial: torch.Tensor) -> Start | None:
+    """Put the particles that have taken no step yet at learned initial parameters.
+
+    Args:
+        batched: the family.
+        particles: changed in place; what was at its first step gets new parameters, loss and gradient.
+        initial: [num_parameters], or [P, num_parameters] for one row per particle.
+
+    Returns:
+        Who was put where; None where every particle is under way.
+    """
+    columns = [c for c, step in enumerate(particles.steps) if step == 0]
+    if not columns:
+        return None
+    index = torch.tensor(columns, device=batched.device)
+    params = (initial[index] if initial.dim() == 2 else initial.expand(len(columns), -1)).detach().contiguous()
+    tasks = {name: value[index] for name, value in particles.tasks.items()}
+    batch = first(batched.batches(tasks, [particles.seeds[c] for c in columns], [0] * len(columns), 1))
+    losses, grads = batched.losses_and_grads(params, tasks, batch)
+    for name, value in (("params", params), ("losses", losses), ("grads", grads)):
+        setattr(particles, name, getattr(particles, name).index_copy(0, index, value))
+    return Start(index, params, tasks, batch)
 
 
 def finite(losses: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:

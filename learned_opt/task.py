@@ -94,6 +94,15 @@ class TaskFamily(ABC):
         `task` holds what `sample_task` returned and, beside it, what `shared_data` returned.
         """
 
+    def query_loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor | None:
+        """The scalar loss that judges parameters in meta-training, where it is not `loss`; None where it is.
+
+        A few-shot task learns from its support by `loss`, and is judged on its query rows by this: the meta-loss is of
+        these values, while the inner gradients stay those of `loss`. A `torch.func` function like `loss`, of the same
+        arguments; a family returns None for all of its tasks or for none.
+        """
+        return None
+
     def shared_data(self) -> Tensors:
         """Tensors that all tasks share, such as a data set; loaded once, moved to the device, never copied per task."""
         return {}

@@ -14,7 +14,17 @@ from collections.abc import Callable, Iterator
 import torch
 
 from learned_opt.batched import BatchedFamily
-from learned_opt.particles import EpisodePlan, Particles, as_particles, columns_of, finite, first, restart
+from learned_opt.particles import (
+    EpisodePlan,
+    Particles,
+    Start,
+    as_particles,
+    columns_of,
+    finite,
+    first,
+    place,
+    restart,
+)
 from learned_opt.rules.base import UpdateRule, chunked_update
 from learned_opt.task import Tensors
 
@@ -61,14 +71,15 @@ class Segment:
     """What an unroll of K steps over P particles left behind.
 
     Attributes:
-        losses: [K, P] after each step.
-        initial: [K, P], the loss at the start of the episode each step belongs to.
+        losses: [K, P] after each step, of the loss that judges (`TaskFamily.query_loss` where the family has one).
+        initial: [K, P], that loss at the parameters drawn at the start of the episode each step belongs to.
         valid: [P], false where a loss or a gradient was not finite; such a particle's numbers are not to be used.
         inputs: [K, P, num_parameters], the gradient each step used; None unless gradients are recorded.
-        outputs: [K, P, num_parameters], the gradient at the parameters after each step; None unless gradients are
-            recorded.
+        outputs: [K, P, num_parameters], the gradient of the loss that judges, at the parameters after each step; None
+            unless gradients are recorded.
         runs: the segment cut at resets; empty unless gradients are recorded.
         stages: one per step; empty unless stages are recorded.
+        starts: by step of the segment, who was put at learned initial parameters before it.
     """
 
     losses: torch.Tensor
@@ -78,6 +89,7 @@ class Segment:
     outputs: torch.Tensor | None
     runs: list[Run]
     stages: list[Stage]
+    starts: dict[int, Start] = dataclasses.field(default_factory=dict)
 
 
 Move = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -149,6 +161,7 @@ def unroll(
     per_particle: bool = False,
     restart_invalid: bool = True,
     chunk_size: int | None = None,
+    initial_params: torch.Tensor | None = None,
 ) -> Segment:
     """Advance the particles by one truncation, without a graph, restarting those that reach their horizon.
 
@@ -166,13 +179,24 @@ def unroll(
         per_particle: theta has a leading dimension of particles.
         restart_invalid: whether particles marked invalid start their next episode at the end.
         chunk_size: coordinates per chunk of the update rule; None for what suits it.
+        initial_params: learned initial parameters that every episode starts from, [num_parameters] or, with
+            `per_particle`, [P, num_parameters]; None for those that the family draws. They are put in place when an
+            episode takes its first step, so that theta is the one it is unrolled with.
 
     Returns:
         The segment's losses and what was recorded.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1; got {num_steps}")
-    recorder = _Recorder(particles, num_steps) if record == "gradients" else None
+    starts: dict[int, Start] = {}
+
+    def begin(step: int) -> None:
+        start = place(batched, particles, initial_params) if initial_params is not None else None
+        if start is not None:
+            starts[step] = start
+
+    begin(0)
+    recorder = _Recorder(particles, num_steps, batched.judged_apart) if record == "gradients" else None
     shape = (num_steps, len(particles))
     losses, initial = particles.losses.new_empty(shape), particles.losses.new_empty(shape)
     valid = torch.ones(len(particles), dtype=torch.bool, device=batched.device)
@@ -183,10 +207,14 @@ def unroll(
         stretch = min([num_steps - done, *(h - s for h, s in zip(particles.horizons, particles.steps) if h >= 0)])
         before = (particles.params, particles.grads, particles.rule_state)
         for k, (loss, grad, batch) in enumerate(inner_steps(batched, particles, stretch, move), start=done):
-            losses[k], initial[k] = loss, particles.initial
             valid &= finite(loss, grad)
+            judged_grad = grad
+            if batched.judged_apart:
+                loss, judged_grad = batched.judge(particles.params, particles.tasks, batch)
+                valid &= finite(loss, judged_grad)
+            losses[k], initial[k] = loss, particles.initial
             if recorder is not None:
-                recorder.write(k, grad)
+                recorder.write(k, grad, judged_grad)
             if record == "stages":
                 stages.append(Stage(*before, particles.tasks, batch, None))
                 before = (particles.params, particles.grads, particles.rule_state)
@@ -194,6 +222,8 @@ def unroll(
         over = [c for c in range(len(particles)) if particles.steps[c] == particles.horizons[c]]
         if over:
             restart(batched, rule, plan, particles, over)
+            if done < num_steps:
+                begin(done)
             if recorder is not None:
                 recorder.cut(particles, over, done)
             if stages:
@@ -204,30 +234,32 @@ def unroll(
     if invalid and restart_invalid:
         restart(batched, rule, plan, particles, invalid)
     if recorder is None:
-        return Segment(losses, initial, valid, None, None, [], stages)
-    return Segment(losses, initial, valid, recorder.inputs, recorder.outputs, recorder.finish(), stages)
+        return Segment(losses, initial, valid, None, None, [], stages, starts)
+    return Segment(losses, initial, valid, recorder.inputs, recorder.outputs, recorder.finish(), stages, starts)
 
 
 class _Recorder:
     """Keeps a segment's gradients, and cuts it into runs where particles restart.
 
     Gradients are written once: an evaluation's output is the next step's input. Only a restart within the segment
-    makes the two differ, and then they get a buffer each.
+    makes the two differ, or a loss of its own that judges, and then they get a buffer each.
     """
 
-    def __init__(self, particles: Particles, num_steps: int) -> None:
+    def __init__(self, particles: Particles, num_steps: int, judged_apart: bool = False) -> None:
         self.num_steps, self.num_particles = num_steps, len(particles)
         grads = particles.grads.new_empty(num_steps + 1, *particles.grads.shape)
         grads[0] = particles.grads
         self.inputs, self.outputs = grads[:-1], grads[1:]
-        self._one_buffer = True
+        self._one_buffer = not judged_apart
+        if judged_apart:
+            self.inputs = self.inputs.clone()
         self._began = [0] * len(particles)
         self._snapshots = {0: (particles.params, particles.rule_state)}
         self._runs: list[Run] = []
 
-    def write(self, step: int, grads: torch.Tensor) -> None:
-        """The gradients evaluated after this step of the segment."""
-        self.outputs[step] = grads
+    def write(self, step: int, grads: torch.Tensor, judged_grads: torch.Tensor) -> None:
+        """The gradients evaluated after this step of the segment, of the loss and of the one that judges."""
+        self.outputs[step] = judged_grads
         if not self._one_buffer and step + 1 < self.num_steps:
             self.inputs[step + 1] = grads
 

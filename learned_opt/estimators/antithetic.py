@@ -182,7 +182,16 @@ class AntitheticEstimator(Estimator):
         """
         num = len(noise)
         thetas = arms_of(theta, noise, len(particles) - 2 * num)
-        segment = unroll(work.rule, thetas, work.batched, work.plan, particles, num_steps, per_particle=True)
+        segment = unroll(
+            work.rule,
+            thetas,
+            work.batched,
+            work.plan,
+            particles,
+            num_steps,
+            per_particle=True,
+            initial_params=work.initial_params(thetas),
+        )
         plus, minus = segment.valid[:num], segment.valid[num : 2 * num]
         # The unroll has restarted the arm that failed; its partner must follow it to the next task.
         partners = [c + num for c in (minus & ~plus).nonzero().flatten().tolist()]

@@ -24,6 +24,7 @@ import torch
 
 from learned_opt.batched import BatchedFamily
 from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.estimators.initial import replayed_start_gradient, start_gradient
 from learned_opt.particles import Particles, columns_of, snapshot, start_particles
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
 from learned_opt.task import Tensors
@@ -83,7 +84,7 @@ class TruncatedBackprop(Estimator):
             value, grads, segment = self._in_blocks(work, theta, state)
         else:
             record = "gradients" if self.order == 1 else "stages"
-            segment = unroll(work.rule, theta, work.batched, work.plan, state, work.truncation, record=record)
+            segment = self._unroll(work, theta, state, work.truncation, record)
             value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid)
             grads = (self._replay if self.order == 1 else self._exact)(work, theta, segment, weights)
         return Estimate(
@@ -92,6 +93,14 @@ class TruncatedBackprop(Estimator):
             num_inner_steps=work.truncation * len(state),
             num_invalid=int((~segment.valid).sum()),
             num_clipped=work.meta_loss.num_clipped(segment.losses, segment.initial),
+        )
+
+    def _unroll(
+        self, work: Workload, theta: Tensors, state: Particles, num_steps: int, record: str = "nothing"
+    ) -> Segment:
+        initial = work.initial_params(theta)
+        return unroll(
+            work.rule, theta, work.batched, work.plan, state, num_steps, record=record, initial_params=initial
         )
 
     @torch.no_grad()
@@ -126,11 +135,13 @@ class TruncatedBackprop(Estimator):
                 )
                 for name, value in part.items():
                     total[name] += value
+        if work.initial:
+            total[work.initial] += replayed_start_gradient(segment, weights)
         return total
 
     def _exact(self, work: Workload, theta: Tensors, segment: Segment, weights: torch.Tensor) -> Tensors:
         total = {name: torch.zeros_like(value) for name, value in theta.items()}
-        self._back_over(work, theta, total, segment.stages, weights, segment.valid, None)
+        self._back_over(work, theta, total, segment, weights, segment.valid, None)
         return total
 
     def _in_blocks(self, work: Workload, theta: Tensors, state: Particles) -> tuple[torch.Tensor, Tensors, Segment]:
@@ -141,7 +152,7 @@ class TruncatedBackprop(Estimator):
         for start in range(0, work.truncation, size):
             stop = min(start + size, work.truncation)
             starts.append((snapshot(state), start, stop))
-            parts.append(unroll(work.rule, theta, work.batched, work.plan, state, stop - start))
+            parts.append(self._unroll(work, theta, state, stop - start))
         losses, initial = torch.cat([p.losses for p in parts]), torch.cat([p.initial for p in parts])
         valid = torch.stack([p.valid for p in parts]).all(0)
         value, weights = work.meta_loss.weights(losses, initial, valid)
@@ -149,8 +160,8 @@ class TruncatedBackprop(Estimator):
         later: Cotangents | None = None
         while starts:
             particles, start, stop = starts.pop()
-            block = unroll(work.rule, theta, work.batched, work.plan, particles, stop - start, record="stages")
-            later = self._back_over(work, theta, total, block.stages, weights[start:stop], valid, later)
+            block = self._unroll(work, theta, particles, stop - start, "stages")
+            later = self._back_over(work, theta, total, block, weights[start:stop], valid, later)
         return value, total, Segment(losses, initial, valid, None, None, [], [])
 
     def _back_over(
@@ -158,15 +169,19 @@ class TruncatedBackprop(Estimator):
         work: Workload,
         theta: Tensors,
         total: Tensors,
-        stages: list[Stage],
+        segment: Segment,
         weights: torch.Tensor,
         valid: torch.Tensor,
         later: Cotangents | None,
     ) -> Cotangents | None:
-        """Differentiate these steps, the last first; `later` is what comes from the steps behind them."""
+        """Differentiate the segment's steps, the last first; `later` is what comes from the steps behind them."""
         leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
-        for stage, weight in zip(reversed(stages), weights.flip(0)):
-            later = self._one_step_back(work, leaves, total, stage, weight, later, valid)
+        for step in reversed(range(len(segment.stages))):
+            later = self._one_step_back(work, leaves, total, segment.stages[step], weights[step], later, valid)
+            if step in segment.starts:
+                total[work.initial] += start_gradient(
+                    work.batched, segment.starts[step], later[0], later[1] if self.order == 2 else None, valid
+                )
         return later
 
     def _one_step_back(
@@ -196,9 +211,11 @@ class TruncatedBackprop(Estimator):
                 losses, new_grads = work.batched.losses_and_grads(
                     new_params, stage.tasks, stage.batch, differentiable=True
                 )
+                if work.batched.judged_apart:
+                    losses, _ = work.batched.judge(new_params, stage.tasks, stage.batch, differentiable=True)
                 surrogate = (losses * weight)[valid].sum()
             else:
-                _, new_grads = work.batched.losses_and_grads(new_params.detach(), stage.tasks, stage.batch)
+                _, new_grads = work.batched.judge(new_params.detach(), stage.tasks, stage.batch)
                 surrogate = (new_params * new_grads * weight[:, None])[valid].sum()
             if later is not None:
                 d_params, d_grads, d_state = later

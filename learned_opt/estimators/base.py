@@ -25,6 +25,8 @@ class Workload:
         meta_loss: the scalar to lower.
         truncation: inner steps per meta-gradient, at least 1.
         frozen: names in theta that are held fixed: they are not perturbed, and their meta-gradient is zero.
+        initial: name in theta of the learned initial parameters, [num_parameters], that episodes start from; empty for
+            those that the family draws.
     """
 
     rule: UpdateRule
@@ -33,6 +35,11 @@ class Workload:
     meta_loss: MetaLoss
     truncation: int
     frozen: tuple[str, ...] = ()
+    initial: str = ""
+
+    def initial_params(self, theta: Tensors) -> torch.Tensor | None:
+        """The learned initial parameters in theta, of one set or of one set per particle; None without."""
+        return theta[self.initial] if self.initial else None
 
     def __post_init__(self) -> None:
         if self.truncation < 1:

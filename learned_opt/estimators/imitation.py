@@ -155,6 +155,7 @@ class Imitation(Estimator):
             particles,
             work.truncation,
             record="gradients",
+            initial_params=work.initial_params(theta),
         )
         total = {n: torch.zeros_like(v) for n, v in theta.items()}
         follower = self._fresh(work, len(particles))
