@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from learned_opt.curriculum import Curriculum, CurriculumState, Stage
+from learned_opt.initial_params import InitialParamsConfig
 from learned_opt.meta_loss import MetaLoss
 from learned_opt.truncation import HorizonSchedule
 
@@ -27,6 +28,8 @@ class MetaTrainerConfig:
         curriculum: lets the longest horizon grow: `horizons.longest` and `validation_horizon` then follow it, and
             validation decides when. None for a fixed schedule.
         stages: which parts of theta are learned at first, the rest held fixed; after the last stage, all of it.
+        initial_params: families whose tasks start from learned parameters, held in theta beside the rule's weights;
+            none by default.
         meta_loss: the scalar to lower.
         optimizer: name of a class in `torch.optim`, the meta-optimizer.
         learning_rate: of the meta-optimizer, positive.
@@ -48,6 +51,7 @@ class MetaTrainerConfig:
     horizons: HorizonSchedule = HorizonSchedule()
     curriculum: Curriculum | None = None
     stages: tuple[Stage, ...] = ()
+    initial_params: InitialParamsConfig = InitialParamsConfig()
     meta_loss: MetaLoss = MetaLoss()
     optimizer: str = "Adam"
     learning_rate: float = 3e-3
@@ -89,11 +93,13 @@ class MetaTrainerConfig:
             return self.validation_horizon or self.horizons.longest
         return self.curriculum.validation_horizon(curriculum)
 
-    def learning_rate_at(self, outer_step: int) -> float:
-        """The meta-optimizer's learning rate at this outer step, counted from 0."""
+    def learning_rate_at(self, outer_step: int, peak: float | None = None) -> float:
+        """The meta-optimizer's learning rate at this outer step, counted from 0; `peak` instead of `learning_rate`."""
         progress = min(outer_step / max(self.outer_steps - 1, 1), 1.0)
         low = self.final_learning_rate
-        return self.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+        return (self.learning_rate if peak is None else peak) * (
+            low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+        )
 
 
 def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:

@@ -19,6 +19,7 @@ import torch
 from learned_opt.batched import BatchedFamily, check_device
 from learned_opt.curriculum import Action, CurriculumState, frozen_names
 from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.initial_params import check_size, is_initial, name_of, with_initial
 from learned_opt.meta_config import MetaTrainerConfig, optimizer_class
 from learned_opt.particles import EpisodePlan, start_particles
 from learned_opt.rules.base import UpdateRule
@@ -71,9 +72,6 @@ class MetaTrainer:
             )
         self.rule, self.config, self.estimator = rule, config, estimator
         device = check_device(device)
-        theta = theta or rule.init_theta(torch.Generator().manual_seed(config.seed))
-        self.theta: Tensors = {n: v.detach().clone().to(device, dtype) for n, v in theta.items()}
-        self.optimizer = optimizer_class(config.optimizer)(list(self.theta.values()), lr=config.learning_rate)
         cache: dict[TaskFamily | int, BatchedFamily] = {}
 
         def batched(family: TaskFamily) -> BatchedFamily:
@@ -87,21 +85,40 @@ class MetaTrainer:
                 cache[key] = BatchedFamily(family, device=device, dtype=dtype)
             return cache[key]
 
+        programs = {label: batched(family) for label, family in families.items()}
+        theta = theta or rule.init_theta(torch.Generator().manual_seed(config.seed))
+        theta = with_initial(theta, programs, config.initial_params)
+        self.theta: Tensors = {n: v.detach().clone().to(device, dtype) for n, v in theta.items()}
+        self._initial = [name for name in self.theta if is_initial(name)]
+        if self._initial and not estimator.trains_initial_params:
+            raise ValueError(
+                f"initial_params.families names {', '.join(config.initial_params.families)}, but estimator "
+                f"{estimator.kind!r} as it is set never learns initial parameters; lower its share below 1"
+            )
+        groups = [{"params": [v for n, v in self.theta.items() if not is_initial(n)]}]
+        if self._initial:
+            groups.append({"params": [self.theta[n] for n in self._initial]})
+        self.optimizer = optimizer_class(config.optimizer)(groups, lr=config.learning_rate)
         self.curriculum = CurriculumState()
         horizons = config.horizons_at(self.curriculum)
         plan = EpisodePlan(split="meta_train", run_seed=config.seed, horizons=horizons)
+        frozen = frozen_names(config.stages, 0, self.theta)
         self.work = {
             label: Workload(
                 rule=rule,
-                batched=batched(family),
+                batched=program,
                 plan=plan,
                 meta_loss=config.meta_loss,
                 truncation=config.truncation,
-                frozen=frozen_names(config.stages, 0, self.theta),
+                frozen=self._frozen_for(label, frozen),
+                initial=name_of(label) if name_of(label) in self.theta else "",
             )
-            for label, family in families.items()
+            for label, program in programs.items()
         }
         self.validation = {n: batched(f) for n, f in (validation_families or families).items()}
+        for label, program in self.validation.items():
+            if name_of(label) in self.theta:
+                check_size(label, self.theta[name_of(label)], program)
         self.estimator_states = {
             label: estimator.init(work, self.theta, range(i * config.num_particles, (i + 1) * config.num_particles))
             for i, (label, work) in enumerate(self.work.items())
@@ -139,11 +156,20 @@ class MetaTrainer:
         ]
         for name, value in self.theta.items():
             # No gradient, rather than zeros, for what is held fixed: Adam would move on with its momentum.
-            value.grad = None if name in frozen else torch.stack([e.grads[name] for _, e in estimates]).mean(0)
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.theta.values()), config.clip_norm))
-        finite = math.isfinite(norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(self.outer_step)
+            # Initial parameters learn from their own family alone.
+            grads = [e.grads[name] for label, e in estimates if not is_initial(name) or name == name_of(label)]
+            value.grad = None if name in frozen or not grads else torch.stack(grads).mean(0)
+        own = [value for name, value in self.theta.items() if not is_initial(name)]
+        norm = float(torch.nn.utils.clip_grad_norm_(own, config.clip_norm))
+        initial_norms = [
+            float(torch.nn.utils.clip_grad_norm_(self.theta[name], config.initial_params.clip_norm))
+            for name in self._initial
+        ]
+        finite = all(map(math.isfinite, [norm, *initial_norms]))
+        for group, rate in zip(
+            self.optimizer.param_groups, (config.learning_rate, config.initial_params.learning_rate)
+        ):
+            group["lr"] = config.learning_rate_at(self.outer_step, rate)
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -168,6 +194,8 @@ class MetaTrainer:
             "learning_rate": config.learning_rate_at(self.outer_step - 1),
             "horizon": self._mean_horizon(),
         }
+        if initial_norms:
+            metrics["grad_norm_initial"] = max(initial_norms)
         for name in {name: None for _, e in estimates for name in e.metrics}:
             values = [e.metrics[name] for _, e in estimates if name in e.metrics]
             metrics[f"estimator/{name}"] = sum(values) / len(values)
@@ -177,9 +205,14 @@ class MetaTrainer:
         """Let the workloads follow the curriculum and the stages; episodes in flight keep their horizons."""
         horizons = self.config.horizons_at(self.curriculum)
         for label, work in self.work.items():
-            if work.frozen != frozen or work.plan.horizons != horizons:
+            frozen_here = self._frozen_for(label, frozen)
+            if work.frozen != frozen_here or work.plan.horizons != horizons:
                 plan = dataclasses.replace(work.plan, horizons=horizons)
-                self.work[label] = dataclasses.replace(work, plan=plan, frozen=frozen)
+                self.work[label] = dataclasses.replace(work, plan=plan, frozen=frozen_here)
+
+    def _frozen_for(self, label: str, frozen: tuple[str, ...]) -> tuple[str, ...]:
+        """The names that do not matter to this family's tasks join those that are held fixed for all."""
+        return (*frozen, *(name for name in self._initial if name != name_of(label) and name not in frozen))
 
     def _mean_horizon(self) -> float:
         horizons = [h for state in self.estimator_states.values() for h in self.estimator.horizons(state)]
@@ -230,7 +263,10 @@ class MetaTrainer:
         scores: dict[str, float] = {}
         for label, batched in self.validation.items():
             particles = start_particles(batched, self.rule, plan, range(config.validation_tasks))
-            segment = unroll(self.rule, self.theta, batched, plan, particles, horizon, restart_invalid=False)
+            initial = self.theta.get(name_of(label))
+            segment = unroll(
+                self.rule, self.theta, batched, plan, particles, horizon, restart_invalid=False, initial_params=initial
+            )
             losses = torch.where(torch.isfinite(segment.losses), segment.losses, math.inf)
             values = config.meta_loss.normalize(losses, segment.initial)
             last = max(1, horizon // 20)

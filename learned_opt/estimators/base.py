@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
+
 from learned_opt.batched import BatchedFamily
 from learned_opt.meta_loss import MetaLoss
 from learned_opt.particles import EpisodePlan
@@ -82,6 +84,9 @@ class Estimator(ABC):
     """
 
     kind: ClassVar[str]
+
+    trains_initial_params: bool = True
+    """Whether learned initial parameters (`Workload.initial`) get a meta-gradient."""
 
     @abstractmethod
     def init(self, work: Workload, theta: Tensors, ids: Sequence[int]) -> Any:

@@ -88,6 +88,8 @@ class Imitation(Estimator):
         self.share = share
         self.weight = weight
         self.inner = make(SINGLE, estimator, estimator_settings or {})
+        # The way that imitation takes is constant, so that initial parameters learn from the other episodes alone.
+        self.trains_initial_params = share < 1
 
     def imitates(self, particle: int) -> bool:
         """Whether the particle with this index in the whole run imitates."""
