@@ -7,7 +7,7 @@ particle's number and its episode, so that particles are rebuilt from those anyw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from learned_opt.task import Tensors, task_seed
 from learned_opt.truncation import HorizonSchedule
 
 _DRAWS_BEFORE_GIVING_UP = 10
+_LISTS = ("ids", "seeds", "episodes", "steps", "horizons")
+_TENSORS = ("params", "grads", "losses", "initial")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class Particles:
         initial: [particles], the loss that judges, at the parameters that the family drew for the episode: the scale
             of the task, also where the episode starts from learned initial parameters.
         rule_state: tensors [..., particles · num_parameters].
+        pending: where gradients are delayed, those of the next steps, [particles, delay, num_parameters], the oldest
+            first, and `grads` is the one that the current step sees; None otherwise.
     """
 
     ids: list[int]
@@ -66,6 +70,7 @@ class Particles:
     losses: torch.Tensor
     initial: torch.Tensor
     rule_state: Tensors
+    pending: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -83,7 +88,9 @@ class Particles:
         def own(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return value.to(batched.device)
-            return {n: v.to(batched.device) for n, v in value.items()} if isinstance(value, dict) else list(value)
+            if isinstance(value, dict):
+                return {n: v.to(batched.device) for n, v in value.items()}
+            return None if value is None else list(value)
 
         return cls(tasks=tasks, **{n: own(v) for n, v in state.items()})
 
@@ -128,7 +135,11 @@ def start_particles(
             f"{_DRAWS_BEFORE_GIVING_UP} draws of a task in a row; check the family's loss, data and init_params"
         )
     state = rule.init_state(params.numel(), dtype=batched.dtype, device=batched.device) if rule else {}
-    return Particles(ids, seeds, episodes, [0] * len(ids), horizons, tasks, params, grads, losses, initial, state)
+    delay = batched.family.gradient_delay
+    pending = grads[:, None].expand(-1, delay, -1).contiguous() if delay else None
+    return Particles(
+        ids, seeds, episodes, [0] * len(ids), horizons, tasks, params, grads, losses, initial, state, pending
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +179,7 @@ def place(batched: BatchedFamily, particles: Particles, initial: torch.Tensor) -
     losses, grads = batched.losses_and_grads(params, tasks, batch)
     for name, value in (("params", params), ("losses", losses), ("grads", grads)):
         setattr(particles, name, getattr(particles, name).index_copy(0, index, value))
+    _hold_first(particles, index)
     return Start(index, params, tasks, batch)
 
 
@@ -190,6 +202,7 @@ def restart(
     index = torch.tensor(columns, device=batched.device)
     for name in ("params", "grads", "losses", "initial"):
         setattr(particles, name, getattr(particles, name).index_copy(0, index, getattr(fresh, name)))
+    _hold_first(particles, index)
     particles.tasks = {n: v.index_copy(0, index, fresh.tasks[n]) for n, v in particles.tasks.items()}
     particles.rule_state = {
         n: as_particles(v, len(particles))
@@ -197,6 +210,25 @@ def restart(
         .flatten(-2)
         for n, v in particles.rule_state.items()
     }
+
+
+def delay_gradients(particles: Particles, grads: torch.Tensor, delay: int) -> None:
+    """Take in the gradients [P, D] at the particles' parameters, and let their next step see those of `delay` ago.
+
+    Steps that have no gradient so old see that of the episode's start.
+    """
+    pending = particles.pending
+    if pending is None:
+        pending = particles.grads[:, None].expand(-1, delay, -1)
+    particles.grads = pending[:, 0]
+    particles.pending = torch.cat([pending[:, 1:], grads[:, None]], dim=1)
+
+
+def _hold_first(particles: Particles, index: torch.Tensor) -> None:
+    """Particles that have just started have seen no gradient but the one that they hold."""
+    if particles.pending is not None:
+        first_ones = particles.grads[index][:, None].expand(-1, particles.pending.shape[1], -1)
+        particles.pending = particles.pending.index_copy(0, index, first_ones)
 
 
 def as_particles(tensor: torch.Tensor, num_particles: int) -> torch.Tensor:
@@ -235,4 +267,44 @@ def take(particles: Particles, columns: Sequence[int]) -> Particles:
         **tensors,
         tasks={name: value[index] for name, value in particles.tasks.items()},
         rule_state=columns_of(particles.rule_state, index, len(particles)),
+        pending=None if particles.pending is None else particles.pending[index],
     )
+
+
+def put(particles: Particles, columns: Sequence[int], source: Particles, source_columns: Sequence[int]) -> None:
+    """Overwrite the particles in these columns with those in the columns of `source`, one by one."""
+    if not columns:
+        return
+    device = particles.params.device
+    to, of = torch.tensor(list(columns), device=device), torch.tensor(list(source_columns), device=device)
+    for name in _LISTS:
+        for column, source_column in zip(columns, source_columns):
+            getattr(particles, name)[column] = getattr(source, name)[source_column]
+    for name in _TENSORS:
+        setattr(particles, name, getattr(particles, name).index_copy(0, to, getattr(source, name)[of]))
+    if particles.pending is not None and source.pending is not None:
+        particles.pending = particles.pending.index_copy(0, to, source.pending[of])
+    particles.tasks = {n: v.index_copy(0, to, source.tasks[n][of]) for n, v in particles.tasks.items()}
+    picked = columns_of(source.rule_state, of, len(source))
+    particles.rule_state = {
+        n: as_particles(v, len(particles)).index_copy(-2, to, as_particles(picked[n], len(to))).flatten(-2)
+        for n, v in particles.rule_state.items()
+    }
+
+
+def select_state(saved: Mapping[str, Any], columns: Sequence[int]) -> dict[str, Any]:
+    """The `Particles.state_dict` of the particles in these columns, in this order."""
+    index = torch.tensor(list(columns), device=saved["params"].device)
+    out: dict[str, Any] = {name: [saved[name][c] for c in columns] for name in _LISTS}
+    out |= {name: saved[name][index] for name in _TENSORS}
+    out["pending"] = None if saved["pending"] is None else saved["pending"][index]
+    return out | {"rule_state": columns_of(saved["rule_state"], index, len(saved["ids"]))}
+
+
+def join_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One `Particles.state_dict` of the particles of several, one after another."""
+    out: dict[str, Any] = {name: [value for part in parts for value in part[name]] for name in _LISTS}
+    out |= {name: torch.cat([part[name] for part in parts]) for name in _TENSORS}
+    out["pending"] = None if parts[0]["pending"] is None else torch.cat([part["pending"] for part in parts])
+    states = [part["rule_state"] for part in parts]
+    return out | {"rule_state": {name: torch.cat([state[name] for state in states], -1) for name in states[0]}}

@@ -103,6 +103,11 @@ class TaskFamily(ABC):
         """
         return None
 
+    @property
+    def gradient_delay(self) -> int:
+        """How many inner steps old the gradients are that updates are made of; 0 for those of now."""
+        return 0
+
     def shared_data(self) -> Tensors:
         """Tensors that all tasks share, such as a data set; loaded once, moved to the device, never copied per task."""
         return {}

@@ -20,12 +20,14 @@ from learned_opt.particles import (
     Start,
     as_particles,
     columns_of,
+    delay_gradients,
     finite,
     first,
     place,
     restart,
 )
 from learned_opt.rules.base import UpdateRule, chunked_update
+from learned_opt.rules.inplace import stepper
 from learned_opt.task import Tensors
 
 
@@ -54,6 +56,7 @@ class Stage:
     Attributes:
         params, grads: [P, num_parameters].
         rule_state: tensors [..., P · num_parameters].
+        new_params, new_grads: [P, num_parameters], after the step, before anything was restarted.
         tasks, batch: the constants and the batch of the evaluation after the step.
         ends: [P], which particles were restarted right after the step; None for none.
     """
@@ -61,6 +64,8 @@ class Stage:
     params: torch.Tensor
     grads: torch.Tensor
     rule_state: Tensors
+    new_params: torch.Tensor
+    new_grads: torch.Tensor
     tasks: Tensors
     batch: Tensors
     ends: torch.Tensor | None
@@ -111,16 +116,27 @@ def inner_steps(
         (losses [P], grads [P, D], batch) of the evaluation after each step.
     """
     batches = batched.batches(particles.tasks, particles.seeds, [s + 1 for s in particles.steps], num_steps)
+    delay = batched.family.gradient_delay
     for k in range(num_steps):
         particles.params = move(particles.params, particles.grads)
         batch = first(batches, k)
-        particles.losses, particles.grads = batched.losses_and_grads(particles.params, particles.tasks, batch)
+        particles.losses, grads = batched.losses_and_grads(particles.params, particles.tasks, batch)
+        if delay:
+            delay_gradients(particles, grads, delay)
+        else:
+            particles.grads = grads
         particles.steps = [s + 1 for s in particles.steps]
-        yield particles.losses, particles.grads, batch
+        yield particles.losses, grads, batch
 
 
 def learned_move(
-    rule: UpdateRule, theta: Tensors, particles: Particles, *, per_particle: bool = False, chunk_size: int | None = None
+    rule: UpdateRule,
+    theta: Tensors,
+    particles: Particles,
+    *,
+    per_particle: bool = False,
+    chunk_size: int | None = None,
+    keep_states: bool = False,
 ) -> Move:
     """The move that applies an update rule and keeps its state in the particles.
 
@@ -130,7 +146,19 @@ def learned_move(
         particles: whose rule state to read and replace.
         per_particle: see theta; used by estimators that perturb theta.
         chunk_size: coordinates at a time; None for what suits the rule.
+        keep_states: whether every step's rule state stays as it was. Otherwise that of the first step does, and later
+            ones may be overwritten.
     """
+    step = stepper(rule, theta, len(particles) if per_particle else 1) if chunk_size is None else None
+    owned = False
+
+    def move_in_place(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+        nonlocal owned
+        assert step is not None
+        if keep_states or not owned:
+            particles.rule_state = {n: v.clone() for n, v in particles.rule_state.items()}
+            owned = True
+        return params + step(grads.reshape(-1), params.reshape(-1), particles.rule_state).view_as(params)
 
     def move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         if not per_particle:
@@ -145,7 +173,7 @@ def learned_move(
         particles.rule_state = {n: v.flatten(-2) for n, v in state.items()}
         return params + update
 
-    return move
+    return move if step is None else move_in_place
 
 
 @torch.no_grad()
@@ -196,14 +224,22 @@ def unroll(
             starts[step] = start
 
     begin(0)
-    recorder = _Recorder(particles, num_steps, batched.judged_apart) if record == "gradients" else None
+    recorder = _Recorder(particles, num_steps, not _outputs_are_inputs(batched)) if record == "gradients" else None
     shape = (num_steps, len(particles))
     losses, initial = particles.losses.new_empty(shape), particles.losses.new_empty(shape)
     valid = torch.ones(len(particles), dtype=torch.bool, device=batched.device)
     stages: list[Stage] = []
-    move = learned_move(rule, theta, particles, per_particle=per_particle, chunk_size=chunk_size)
     done = 0
     while done < num_steps:
+        # A move of its own for every stretch: what the stretch starts from is left as it is, for whoever recorded it.
+        move = learned_move(
+            rule,
+            theta,
+            particles,
+            per_particle=per_particle,
+            chunk_size=chunk_size,
+            keep_states=record == "stages",
+        )
         stretch = min([num_steps - done, *(h - s for h, s in zip(particles.horizons, particles.steps) if h >= 0)])
         before = (particles.params, particles.grads, particles.rule_state)
         for k, (loss, grad, batch) in enumerate(inner_steps(batched, particles, stretch, move), start=done):
@@ -214,9 +250,9 @@ def unroll(
                 valid &= finite(loss, judged_grad)
             losses[k], initial[k] = loss, particles.initial
             if recorder is not None:
-                recorder.write(k, grad, judged_grad)
+                recorder.write(k, particles.grads, judged_grad)
             if record == "stages":
-                stages.append(Stage(*before, particles.tasks, batch, None))
+                stages.append(Stage(*before, particles.params, particles.grads, particles.tasks, batch, None))
                 before = (particles.params, particles.grads, particles.rule_state)
         done += stretch
         over = [c for c in range(len(particles)) if particles.steps[c] == particles.horizons[c]]
@@ -238,27 +274,32 @@ def unroll(
     return Segment(losses, initial, valid, recorder.inputs, recorder.outputs, recorder.finish(), stages, starts)
 
 
+def _outputs_are_inputs(batched: BatchedFamily) -> bool:
+    """Whether the gradient of the loss that judges is what the next step sees."""
+    return not batched.judged_apart and not batched.family.gradient_delay
+
+
 class _Recorder:
     """Keeps a segment's gradients, and cuts it into runs where particles restart.
 
     Gradients are written once: an evaluation's output is the next step's input. Only a restart within the segment
-    makes the two differ, or a loss of its own that judges, and then they get a buffer each.
+    makes the two differ, or `apart`: a loss of its own that judges, or delayed gradients. Then they get a buffer each.
     """
 
-    def __init__(self, particles: Particles, num_steps: int, judged_apart: bool = False) -> None:
+    def __init__(self, particles: Particles, num_steps: int, apart: bool) -> None:
         self.num_steps, self.num_particles = num_steps, len(particles)
         grads = particles.grads.new_empty(num_steps + 1, *particles.grads.shape)
         grads[0] = particles.grads
         self.inputs, self.outputs = grads[:-1], grads[1:]
-        self._one_buffer = not judged_apart
-        if judged_apart:
+        self._one_buffer = not apart
+        if apart:
             self.inputs = self.inputs.clone()
         self._began = [0] * len(particles)
         self._snapshots = {0: (particles.params, particles.rule_state)}
         self._runs: list[Run] = []
 
     def write(self, step: int, grads: torch.Tensor, judged_grads: torch.Tensor) -> None:
-        """The gradients evaluated after this step of the segment, of the loss and of the one that judges."""
+        """The gradients that the next step sees, and those of the loss that judges after this one."""
         self.outputs[step] = judged_grads
         if not self._one_buffer and step + 1 < self.num_steps:
             self.inputs[step + 1] = grads

@@ -15,7 +15,14 @@ from typing import Any, cast
 
 from learned_opt.task import TaskFamily
 from tasks.analytic import Ackley, Plateau, Rastrigin, Rosenbrock, Saddle
-from tasks.augment import ConvexMixing, GradientNoise, LossScaling, Reparametrized, SmallerBatches
+from tasks.augment import (
+    ConvexMixing,
+    DelayedGradients,
+    GradientNoise,
+    LossScaling,
+    Reparametrized,
+    SmallerBatches,
+)
 from tasks.control import CartPole, Pendulum
 from tasks.data.grouped import GroupedData
 from tasks.forecasting import Forecasting
@@ -65,6 +72,7 @@ FAMILIES: dict[str, type[TaskFamily]] = {
         Reparametrized,
         LossScaling,
         GradientNoise,
+        DelayedGradients,
         SmallerBatches,
         ConvexMixing,
     )

@@ -87,6 +87,13 @@ class Augmentation(TaskFamily):
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
         return self.family.loss(params, task, batch)
 
+    def query_loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor | None:
+        return self.family.query_loss(params, task, batch)
+
+    @property
+    def gradient_delay(self) -> int:
+        return self.family.gradient_delay
+
     def eval_metrics(self, params: Tensors, task: Tensors) -> Tensors:
         return self.family.eval_metrics(params, task)
 
@@ -145,6 +152,9 @@ class Reparametrized(Augmentation):
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
         return self.family.loss(self._original(params, task), task, batch)
 
+    def query_loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor | None:
+        return self.family.query_loss(self._original(params, task), task, batch)
+
     def eval_metrics(self, params: Tensors, task: Tensors) -> Tensors:
         return self.family.eval_metrics(self._original(params, task), task)
 
@@ -171,6 +181,10 @@ class LossScaling(Augmentation):
 
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
         return task[self._prefix + "scale"] * self.family.loss(params, task, batch)
+
+    def query_loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor | None:
+        loss = self.family.query_loss(params, task, batch)
+        return None if loss is None else task[self._prefix + "scale"] * loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,6 +217,30 @@ class GradientNoise(Augmentation):
         for name, value in params.items():
             loss = loss + (batch[self._prefix + name] * (value - value.detach())).sum()
         return loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DelayedGradients(Augmentation):
+    """Every step sees the gradient of `delay` steps ago, as with workers that lag behind; losses are those of now.
+
+    The first steps, before which there is no such gradient, see that of the initial parameters. Delays of nested
+    wrappers add up. Exact backpropagation (order 2) does not take such families.
+
+    Attributes:
+        delay: inner steps; at least 1.
+    """
+
+    name: ClassVar[str] = "delayed_gradients"
+    delay: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.delay < 1:
+            raise ValueError(f"delay must be at least 1; got {self.delay}")
+
+    @property
+    def gradient_delay(self) -> int:
+        return self.delay + self.family.gradient_delay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,8 +304,14 @@ class ConvexMixing(Augmentation):
         return {name: value for name, value in params.items() if name != self._prefix + "x"}
 
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
-        convex = (params[self._prefix + "x"] - task[self._prefix + "target"]).square().mean()
-        return self.family.loss(self._inner(params), task, batch) + convex
+        return self.family.loss(self._inner(params), task, batch) + self._convex(params, task)
+
+    def query_loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor | None:
+        loss = self.family.query_loss(self._inner(params), task, batch)
+        return None if loss is None else loss + self._convex(params, task)
+
+    def _convex(self, params: Tensors, task: Tensors) -> torch.Tensor:
+        return (params[self._prefix + "x"] - task[self._prefix + "target"]).square().mean()
 
     def eval_metrics(self, params: Tensors, task: Tensors) -> Tensors:
         return self.family.eval_metrics(self._inner(params), task)

@@ -12,7 +12,7 @@ from learned_opt.task import SPLITS, TaskFamily, Tensors, check_split
 from tasks.data.omniglot import SIDE, load_omniglot
 from tasks.data.rows import SPLIT_SHARES
 from tasks.image_conv import apply_conv, check_conv, init_conv
-from tasks.supervised import apply_mlp, check_network, cross_entropy, init_mlp
+from tasks.supervised import apply_mlp, check_judge, check_network, cross_entropy, init_mlp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class Omniglot(TaskFamily):
         hidden: widths of the MLP's hidden layers; only without channels.
         activation: one of `tasks.activations.ACTIVATIONS`.
         init_scale: weights are N(0, init_scale²/fan_in), biases 0; positive.
+        judge: which drawings the meta-loss is of: "support", or "query" for what few-shot learning is after.
     """
 
     name: ClassVar[str] = "omniglot"
@@ -49,12 +50,14 @@ class Omniglot(TaskFamily):
     hidden: tuple[int, ...] = ()
     activation: str = "relu"
     init_scale: float = 1.4142135
+    judge: str = "support"
 
     def __post_init__(self) -> None:
         for name in ("channels", "hidden"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.data_dir:
             raise ValueError("data_dir must name a folder with Omniglot's zip files; got ''")
+        check_judge(self.judge)
         for name, least in (("num_ways", 2), ("num_shots", 1), ("num_queries", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
@@ -127,9 +130,18 @@ class Omniglot(TaskFamily):
         images, classes = self.rows(task, slice(0, self.num_shots))
         return cross_entropy(self.outputs(params, images), classes)
 
+    def _query_rows(self, task: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.rows(task, slice(self.num_shots, self.num_shots + self.num_queries))
+
+    def query_loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor | None:
+        if self.judge == "support":
+            return None
+        images, classes = self._query_rows(task)
+        return cross_entropy(self.outputs(params, images), classes)
+
     def eval_metrics(self, params: Tensors, task: Tensors) -> Tensors:
         """The "test_loss" and the "test_accuracy", in [0, 1], on the query drawings."""
-        images, classes = self.rows(task, slice(self.num_shots, self.num_shots + self.num_queries))
+        images, classes = self._query_rows(task)
         scores = self.outputs(params, images)
         accuracy = (scores.argmax(-1) == classes).to(scores.dtype).mean()
         return {"test_loss": cross_entropy(scores, classes), "test_accuracy": accuracy}

@@ -18,6 +18,7 @@ from tasks.activations import ACTIVATIONS, Activation
 from tasks.data.rows import RowSplit, draw_rows, test_rows
 
 INITS = ("normal", "fan_in")
+JUDGES = ("support", "query")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,12 @@ def cross_entropy(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     over tasks several times faster, since its log-softmax and masked mean are separate passes.
     """
     return (scores.logsumexp(-1) - scores.gather(-1, targets[:, None])[:, 0]).mean()
+
+
+def check_judge(judge: str) -> None:
+    """Raise ValueError unless the rows that judge a few-shot task are one of `JUDGES`."""
+    if judge not in JUDGES:
+        raise ValueError(f"judge must be one of {', '.join(JUDGES)}; got {judge!r}")
 
 
 def check_network(hidden: tuple[int, ...], activation: str, init: str, init_scale: float) -> None:
