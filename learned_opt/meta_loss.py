@@ -8,9 +8,13 @@ first-order meta-gradient only needs w (`MetaLoss.weights`).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+
+Total = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a tensor over the ranks of a run; the identity for one process."""
 
 NORMALIZATIONS = ("log", "ratio", "none", "log_mean")
 AVERAGES = ("mean", "final")
@@ -64,6 +68,11 @@ class MetaLoss:
     def _clipped(self, losses: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
         return torch.minimum(losses, self.clip * initial.abs().clamp_min(1))
 
+    @property
+    def couples_particles(self) -> bool:
+        """Whether one particle's share depends on the losses of the others, on whatever rank they are."""
+        return self.normalization == "log_mean"
+
     def per_particle(self, losses: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
         """Meta-losses [..., particles] from losses [..., steps, particles] and initial losses that broadcast.
 
@@ -78,7 +87,9 @@ class MetaLoss:
         values = self.normalize(losses, initial)
         return values[..., -1, :] if self.average == "final" else values.mean(-2)
 
-    def __call__(self, losses: torch.Tensor, initial: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, losses: torch.Tensor, initial: torch.Tensor, valid: torch.Tensor | None = None, total: Total | None = None
+    ) -> torch.Tensor:
         """The mean over (valid) particles; zero where none is valid.
 
         Args:
@@ -86,8 +97,13 @@ class MetaLoss:
             initial: [steps, particles] or [particles], the losses at the start of the episode that each step belongs
                 to.
             valid: [particles] mask; the values of the others may be non-finite.
+            total: sums a tensor over ranks. With "log_mean" the value is then that of all ranks' particles; otherwise
+                it is of these particles all the same, and ranks average theirs by how many are valid.
         """
         if self.normalization == "log_mean":
+            if total is not None:
+                kept = torch.ones_like(losses[0], dtype=torch.bool) if valid is None else valid
+                return self._log_mean(losses[:, kept], initial.expand_as(losses)[:, kept], total)
             if valid is not None:
                 if not valid.any():
                     return losses.new_zeros(()) * losses.nan_to_num().sum()
@@ -100,13 +116,25 @@ class MetaLoss:
         initial = torch.where(valid, initial, 1.0)
         return (self.per_particle(losses, initial) * valid).sum() / valid.sum().clamp_min(1)
 
+    def _log_mean(self, losses: torch.Tensor, initial: torch.Tensor, total: Total) -> torch.Tensor:
+        """The "log_mean" of all ranks' particles; differentiated, these give their rank's part of a mean over ranks."""
+        here = self._clipped(losses, initial).sum(-1)
+        everywhere = total(torch.cat([here.detach(), here.new_tensor([losses.shape[1]])]))
+        if not everywhere[-1]:
+            return here.sum() * 0.0
+        # Ranks average what comes of this by their numbers of particles; here the parts of a sum are to be added.
+        share = everywhere[-1] / max(losses.shape[1], 1)
+        sums = everywhere[:-1] + (here - here.detach()) * share
+        values = (sums / everywhere[-1]).clamp_min(torch.finfo(losses.dtype).tiny).log()
+        return values[-1] if self.average == "final" else values.mean()
+
     def weights(
-        self, losses: torch.Tensor, initial: torch.Tensor, valid: torch.Tensor
+        self, losses: torch.Tensor, initial: torch.Tensor, valid: torch.Tensor, total: Total | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(meta-loss, its derivative with respect to `losses` [steps, particles])."""
+        """(meta-loss, its derivative with respect to `losses` [steps, particles]); `total` as above."""
         leaf = losses.detach().requires_grad_()
         with torch.enable_grad():
-            value = self(leaf, initial, valid)
+            value = self(leaf, initial, valid, total)
             (weights,) = torch.autograd.grad(value, leaf)
         return value.detach(), torch.where(valid, weights, 0.0)
 

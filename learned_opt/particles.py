@@ -282,8 +282,11 @@ def put(particles: Particles, columns: Sequence[int], source: Particles, source_
             getattr(particles, name)[column] = getattr(source, name)[source_column]
     for name in _TENSORS:
         setattr(particles, name, getattr(particles, name).index_copy(0, to, getattr(source, name)[of]))
-    if particles.pending is not None and source.pending is not None:
-        particles.pending = particles.pending.index_copy(0, to, source.pending[of])
+    if source.pending is not None:
+        before = particles.pending
+        if before is None:  # these have taken no step yet: gradients of the episode's start
+            before = particles.grads[:, None].expand(-1, source.pending.shape[1], -1)
+        particles.pending = before.index_copy(0, to, source.pending[of])
     particles.tasks = {n: v.index_copy(0, to, source.tasks[n][of]) for n, v in particles.tasks.items()}
     picked = columns_of(source.rule_state, of, len(source))
     particles.rule_state = {

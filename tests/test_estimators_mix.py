@@ -57,7 +57,7 @@ def test_an_overflowing_half_has_no_weight():
     state = mix.init(work, theta, range(8))
     mix.estimate(work, theta, state)
     kept = state.variances.clone()
-    backprop, es = mix.estimators
+    backprop, es = (estimator.inner for estimator in mix.estimators)
 
     class Exploding(type(backprop)):
         def estimate(self, work, theta, state):

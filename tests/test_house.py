@@ -103,6 +103,7 @@ def test_the_parser_sees_what_is_there():
 # Who may know whom. Longest matching prefix first; "allowed" are the project's own modules, besides its own package.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "learned_opt.task": (),
+    "learned_opt.distributed": (),
     "learned_opt.meta_loss": (),
     "learned_opt.truncation": (),
     "learned_opt.batched": ("learned_opt.task",),
@@ -121,6 +122,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "learned_opt.estimators": (
         "learned_opt.batched",
+        "learned_opt.distributed",
         "learned_opt.meta_loss",
         "learned_opt.particles",
         "learned_opt.rules",
@@ -135,7 +137,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # The drop-in optimizer is for those who train, not meta-train: it may load no part of meta-training.
 OPTIMIZER_NEVER = tuple(
     f"learned_opt.{name}"
-    for name in ("batched", "estimators", "evaluation", "meta_trainer", "particles", "unroll", "truncation")
+    for name in (
+        "batched",
+        "distributed",
+        "estimators",
+        "evaluation",
+        "meta_trainer",
+        "particles",
+        "unroll",
+        "truncation",
+    )
 )
 
 

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from learned_opt.distributed import Ranks
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.meta_loss import MetaLoss
-from learned_opt.particles import Particles, restart, start_particles
+from learned_opt.particles import Particles, join_states, restart, select_state, start_particles
 from learned_opt.task import Tensors, generator_for
 from learned_opt.unroll import Segment, unroll
 
@@ -142,8 +143,8 @@ class AntitheticEstimator(Estimator):
         self.difference = difference
         self.difference_scale = difference_scale
 
-    def pairs_of(self, work: Workload, ids: Sequence[int]) -> list[Pair]:
-        """The pairs that take the place of particles with these indices.
+    def units(self, work: Workload, ids: Sequence[int]) -> list[list[int]]:
+        """The particles in whose place each task's pairs run: 2·num_pairs each.
 
         Raises:
             ValueError: the number of particles is not a multiple of what one task takes, or the meta-loss has no value
@@ -162,7 +163,15 @@ class AntitheticEstimator(Estimator):
                 f"num_pairs={self.num_pairs} "
                 f"pair(s) of two antithetic arms; got {len(ids)}; use {f'{below} or ' if below else ''}{above}"
             )
-        return [(i, pair) for i in list(ids)[::group] for pair in range(self.num_pairs)]
+        return [list(ids)[start : start + group] for start in range(0, len(ids), group)]
+
+    def pairs_of(self, work: Workload, ids: Sequence[int]) -> list[Pair]:
+        """The pairs that take the place of particles with these indices.
+
+        Raises:
+            ValueError: as `units` does.
+        """
+        return [(unit[0], pair) for unit in self.units(work, ids) for pair in range(self.num_pairs)]
 
     def start_arms(self, work: Workload, pairs: Sequence[Pair]) -> Particles:
         """Both arms of every pair at the start of their first episode: all plus arms, then all minus arms."""
@@ -245,6 +254,7 @@ class AntitheticEstimator(Estimator):
             num_inner_steps=num_inner_steps,
             num_invalid=2 * int((~valid).sum()),
             num_clipped=work.meta_loss.num_clipped(losses[:, arms], initial[:, arms]),
+            weight=float(valid.sum()),
         )
 
     def horizons(self, state: PairState) -> list[int]:
@@ -265,3 +275,43 @@ class AntitheticEstimator(Estimator):
             counter=saved["counter"],
             accumulated=saved["accumulated"],
         )
+
+    def merge(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        pairs = [pair for part in parts for pair in part["pairs"]]
+        order = sorted(range(len(pairs)), key=pairs.__getitem__)
+        joined = join_states([part["particles"] for part in parts])
+        columns: list[list[int]] = [[], []]  # of the plus arms and the minus arms, pair by pair
+        at = 0
+        for part in parts:
+            count = len(part["pairs"])
+            columns[0] += range(at, at + count)
+            columns[1] += range(at + count, at + 2 * count)
+            at += len(part["particles"]["ids"])
+        if at == 2 * len(pairs):
+            chosen = [arm[k] for arm in columns for k in order]
+        else:  # one particle for each task
+            chosen = sorted(range(at), key=joined["ids"].__getitem__)
+        accumulated = parts[0]["accumulated"]
+        if accumulated is not None:
+            accumulated = torch.cat([part["accumulated"] for part in parts])[order]
+        return {
+            "pairs": [pairs[k] for k in order],
+            "particles": select_state(joined, chosen),
+            "counter": parts[0]["counter"],
+            "accumulated": accumulated,
+        }
+
+    def part(self, saved: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+        pairs, particles, accumulated = saved["pairs"], saved["particles"], saved["accumulated"]
+        tasks = range(len(pairs) // self.num_pairs)
+        mine = ranks.share(tasks, first=pairs[0][0] // (2 * self.num_pairs))
+        if not mine:
+            return None
+        chosen = [task * self.num_pairs + k for task in mine for k in range(self.num_pairs)]
+        arms = len(particles["ids"]) == 2 * len(pairs)
+        return {
+            "pairs": [pairs[k] for k in chosen],
+            "particles": select_state(particles, [*chosen, *(k + len(pairs) for k in chosen)] if arms else mine),
+            "counter": saved["counter"],
+            "accumulated": None if accumulated is None else accumulated[chosen],
+        }

@@ -23,9 +23,10 @@ from typing import Any, ClassVar
 import torch
 
 from learned_opt.batched import BatchedFamily
+from learned_opt.distributed import Ranks
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.estimators.initial import replayed_start_gradient, start_gradient
-from learned_opt.particles import Particles, columns_of, snapshot, start_particles
+from learned_opt.particles import Particles, columns_of, join_states, select_state, snapshot, start_particles
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
 from learned_opt.task import Tensors
 from learned_opt.unroll import Segment, Stage, unroll
@@ -37,6 +38,11 @@ Cotangents = tuple[torch.Tensor, torch.Tensor, Tensors]
 def replay_chunk(rule: UpdateRule) -> int:
     """Coordinates replayed at a time: half of what a step takes, since a replay keeps every step's gates."""
     return fitting_chunk(rule) // 2
+
+
+def in_order_of_ids(saved: dict[str, Any]) -> dict[str, Any]:
+    """A `Particles.state_dict` with the particles in the order of their numbers in the run."""
+    return select_state(saved, sorted(range(len(saved["ids"])), key=saved["ids"].__getitem__))
 
 
 class TruncatedBackprop(Estimator):
@@ -85,7 +91,7 @@ class TruncatedBackprop(Estimator):
         else:
             record = "gradients" if self.order == 1 else "stages"
             segment = self._unroll(work, theta, state, work.truncation, record)
-            value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid)
+            value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid, work.ranks.sum)
             grads = (self._replay if self.order == 1 else self._exact)(work, theta, segment, weights)
         return Estimate(
             grads={n: torch.zeros_like(g) if n in work.frozen else g for n, g in grads.items()},
@@ -93,7 +99,21 @@ class TruncatedBackprop(Estimator):
             num_inner_steps=work.truncation * len(state),
             num_invalid=int((~segment.valid).sum()),
             num_clipped=work.meta_loss.num_clipped(segment.losses, segment.initial),
+            weight=float(segment.valid.sum()),
         )
+
+    def nothing(self, work: Workload, theta: Tensors) -> Estimate:
+        if work.meta_loss.couples_particles:  # the other ranks wait for this one's part of the sum
+            losses = next(iter(theta.values())).new_zeros(work.truncation, 0)
+            work.meta_loss.weights(losses, losses, torch.ones_like(losses[0], dtype=torch.bool), work.ranks.sum)
+        return super().nothing(work, theta)
+
+    def merge(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return in_order_of_ids(join_states(parts))
+
+    def part(self, saved: dict[str, Any], ranks: Ranks) -> dict[str, Any] | None:
+        columns = ranks.share(range(len(saved["ids"])), first=saved["ids"][0])
+        return select_state(saved, columns) if columns else None
 
     def _unroll(
         self, work: Workload, theta: Tensors, state: Particles, num_steps: int, record: str = "nothing"
@@ -155,7 +175,7 @@ class TruncatedBackprop(Estimator):
             parts.append(self._unroll(work, theta, state, stop - start))
         losses, initial = torch.cat([p.losses for p in parts]), torch.cat([p.initial for p in parts])
         valid = torch.stack([p.valid for p in parts]).all(0)
-        value, weights = work.meta_loss.weights(losses, initial, valid)
+        value, weights = work.meta_loss.weights(losses, initial, valid, work.ranks.sum)
         total = {name: torch.zeros_like(v) for name, v in theta.items()}
         later: Cotangents | None = None
         while starts:

@@ -10,7 +10,7 @@ biases); with a truncation as long as the horizon, and `random_offsets=False`, i
 such bias.
 
 Between truncations the unperturbed particles advance, one per task: perturbed states are thrown away. They run in the
-same batch as the arms, and not at all where every episode ends with the truncation.
+same batch as the arms, and not at all where their episode ends with the truncation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from learned_opt.estimators.antithetic import AntitheticEstimator, PairState
 from learned_opt.estimators.base import Estimate, Workload
-from learned_opt.particles import restart, start_particles, take
+from learned_opt.particles import put, restart, start_particles, take
 from learned_opt.task import Tensors
 
 
@@ -38,13 +38,13 @@ class TruncatedES(AntitheticEstimator):
         base, num = state.particles, len(state.pairs)
         noise = self.perturb(work, theta, state.pairs, [state.counter] * num)
         owners = [j // self.num_pairs for j in range(num)]
-        all_end = all(h >= 0 and h - s == work.truncation for h, s in zip(base.horizons, base.steps))
-        particles = take(base, owners + owners + ([] if all_end else list(range(len(base)))))
+        ends = [h >= 0 and h - s == work.truncation for h, s in zip(base.horizons, base.steps)]
+        going_on = [column for column, end in enumerate(ends) if not end]
+        particles = take(base, owners + owners + going_on)
         segment, valid = self.advance(work, theta, particles, noise, work.truncation)
-        if all_end:
-            restart(work.batched, work.rule, work.plan, base, range(len(base)))
-        else:
-            state.particles = take(particles, range(2 * num, len(particles)))
+        put(base, going_on, particles, range(2 * num, len(particles)))
+        if any(ends):
+            restart(work.batched, work.rule, work.plan, base, [column for column, end in enumerate(ends) if end])
         state.counter += 1
         difference = self.shape_difference(self.differences(work, segment.losses, segment.initial, valid).sum(0))
         return self.finish(

@@ -23,10 +23,12 @@ from typing import Any, ClassVar
 import torch
 
 from learned_opt import rules
-from learned_opt.estimators.backprop import replay_chunk
+from learned_opt.estimators.antithetic import flatten, unflatten
+from learned_opt.estimators.backprop import in_order_of_ids, replay_chunk
 from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.estimators.sharded import mean_over_ranks, sharded, with_own_counts
 from learned_opt.estimators.table import SINGLE, make
-from learned_opt.particles import Particles, columns_of, start_particles
+from learned_opt.particles import Particles, columns_of, join_states, select_state, start_particles
 from learned_opt.rules.base import UpdateRule, slice_coordinates
 from learned_opt.task import Tensors
 from learned_opt.unroll import Run, Segment, unroll
@@ -39,14 +41,17 @@ class ImitationState:
     """What both shares carry.
 
     Attributes:
-        inner: the other estimator's state; None if every particle imitates.
-        particles: the imitating ones, with the state of whoever moves the parameters; None if no particle imitates.
+        inner: the other estimator's state; None if every particle of this rank imitates.
+        particles: the imitating ones, with the state of whoever moves the parameters; None if none of this rank does.
         follower: the rule state of the other one, tensors [..., P · num_parameters].
+        some_rest, some_imitate: whether there are particles that do not imitate, and that do, on any rank.
     """
 
     inner: Any
     particles: Particles | None
     follower: Tensors
+    some_rest: bool
+    some_imitate: bool
 
 
 class Imitation(Estimator):
@@ -64,6 +69,7 @@ class Imitation(Estimator):
     """
 
     kind: ClassVar[str] = "imitation"
+    spans_ranks: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -87,7 +93,7 @@ class Imitation(Estimator):
         self.policy = policy
         self.share = share
         self.weight = weight
-        self.inner = make(SINGLE, estimator, estimator_settings or {})
+        self.inner = sharded(make(SINGLE, estimator, estimator_settings or {}))
         # The way that imitation takes is constant, so that initial parameters learn from the other episodes alone.
         self.trains_initial_params = share < 1
 
@@ -106,10 +112,11 @@ class Imitation(Estimator):
         chosen = [i for i in ids if self.imitates(i)]
         rest = [i for i in ids if not self.imitates(i)]
         inner = self.inner.init(work, theta, rest) if rest else None
-        if not chosen:
-            return ImitationState(inner, None, {})
-        particles = start_particles(work.batched, self._leader(work), work.plan, chosen)
-        return ImitationState(inner, particles, self._fresh(work, len(chosen)))
+        mine = work.ranks.share(chosen, first=chosen[0]) if chosen else []
+        if not mine:
+            return ImitationState(inner, None, {}, bool(rest), bool(chosen))
+        particles = start_particles(work.batched, self._leader(work), work.plan, mine)
+        return ImitationState(inner, particles, self._fresh(work, len(mine)), bool(rest), True)
 
     def _fresh(self, work: Workload, num_particles: int) -> Tensors:
         return self._follower(work).init_state(
@@ -117,22 +124,16 @@ class Imitation(Estimator):
         )
 
     def estimate(self, work: Workload, theta: Tensors, state: ImitationState) -> Estimate:
-        inner = None if state.inner is None else self.inner.estimate(work, theta, state.inner)
-        if state.particles is None:
+        inner = self.inner.estimate(work, theta, state.inner) if state.some_rest else None
+        if not state.some_imitate:
             assert inner is not None
             return inner
-        grads, loss, segment = self._imitate(work, theta, state, state.particles)
-        grads = {n: torch.zeros_like(g) if n in work.frozen else g * self.weight for n, g in grads.items()}
-        own = Estimate(
-            grads=grads,
-            meta_loss=float(work.meta_loss(segment.losses, segment.initial, segment.valid)),
-            num_inner_steps=work.truncation * len(state.particles),
-            num_invalid=int((~segment.valid).sum()),
-            num_clipped=work.meta_loss.num_clipped(segment.losses, segment.initial),
-            metrics={"imitation_loss": loss},
-        )
+        own = self._imitation(work, theta, state)
         if inner is None:
             return own
+        inner = with_own_counts(mean_over_ranks([inner], work.ranks)[0][0], inner)
+        own = with_own_counts(mean_over_ranks([own], work.ranks)[0][0], own)
+        grads = own.grads
         return Estimate(
             grads={n: g + grads[n] for n, g in inner.grads.items()},
             meta_loss=inner.meta_loss,
@@ -142,10 +143,42 @@ class Imitation(Estimator):
             metrics={**inner.metrics, **own.metrics},
         )
 
+    def _imitation(self, work: Workload, theta: Tensors, state: ImitationState) -> Estimate:
+        """The imitating particles' estimate: gradients of all ranks, everything else of this one."""
+        reference = next(iter(theta.values()))
+        if state.particles is None:
+            total = {n: torch.zeros_like(v) for n, v in theta.items()}
+            error = norm = reference.new_zeros(())
+            losses = initial = reference.new_zeros(work.truncation, 0)
+            valid = torch.ones_like(losses[0], dtype=torch.bool)
+        else:
+            total, error, norm, segment = self._imitate(work, theta, state, state.particles)
+            losses, initial, valid = segment.losses, segment.initial, segment.valid
+        meta_loss = work.meta_loss(losses, initial, valid, work.ranks.sum) if work.ranks.size > 1 else None
+        if meta_loss is None:
+            meta_loss = work.meta_loss(losses, initial, valid)
+        error, norm, flat = (
+            part.squeeze() if part.numel() == 1 else part
+            for part in work.ranks.sum(torch.cat([error[None], norm[None], flatten(total)])).split(
+                [1, 1, sum(v.numel() for v in total.values())]
+            )
+        )
+        scale = 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        grads = {n: v * scale * self.weight for n, v in unflatten(flat.reshape(-1), theta).items()}
+        return Estimate(
+            grads={n: torch.zeros_like(g) if n in work.frozen else g for n, g in grads.items()},
+            meta_loss=float(meta_loss),
+            num_inner_steps=work.truncation * len(valid),
+            num_invalid=int((~valid).sum()),
+            num_clipped=work.meta_loss.num_clipped(losses, initial),
+            metrics={"imitation_loss": float(error * scale)},
+            weight=float(valid.sum()),
+        )
+
     def _imitate(
         self, work: Workload, theta: Tensors, state: ImitationState, particles: Particles
-    ) -> tuple[Tensors, float, Segment]:
-        """(gradient of the auxiliary loss, its value, the segment), advancing the state."""
+    ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Segment]:
+        """(gradient of Σ|u − ū|², its value, Σ|ū|², the segment), advancing the state."""
         reference = next(iter(theta.values()))
         teacher_theta = {n: v.to(reference.device, reference.dtype) for n, v in self.teacher_theta.items()}
         leader_theta = teacher_theta if self.policy == "off" else theta
@@ -174,8 +207,7 @@ class Imitation(Estimator):
                 at_start = torch.tensor([particles.steps[c] == 0 for c in columns.tolist()], device=reference.device)
                 follower = _put(follower, end, columns[kept], ~at_start[kept], len(particles))
         state.follower = follower
-        scale = 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-        return {n: v * scale for n, v in total.items()}, float(error * scale), segment
+        return total, error, norm, segment
 
     def _replay(
         self,
@@ -242,14 +274,43 @@ class Imitation(Estimator):
         }
 
     def load_state_dict(self, work: Workload, saved: dict[str, Any]) -> ImitationState:
-        particles = saved["particles"]
+        particles, follower = saved["particles"], saved["follower"]
+        if particles is not None and work.ranks.size > 1:
+            columns = work.ranks.share(range(len(particles["ids"])), first=particles["ids"][0])
+            mine = _without_follower(select_state(_with_follower(particles, follower), columns)) if columns else {}
+            particles, follower = mine.get("particles"), mine.get("follower", {})
         return ImitationState(
             inner=None if saved["inner"] is None else self.inner.load_state_dict(work, saved["inner"]),
             particles=None
             if particles is None
             else Particles.from_state_dict(particles, work.batched, work.plan.split),
-            follower={n: v.to(work.batched.device) for n, v in saved["follower"].items()},
+            follower={n: v.to(work.batched.device) for n, v in follower.items()},
+            some_rest=saved["inner"] is not None,
+            some_imitate=saved["particles"] is not None,
         )
+
+    def merge(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        present = [part for part in parts if part["particles"] is not None]
+        merged: dict[str, Any] = {"inner": self.inner.merge([part["inner"] for part in parts])}
+        if not present:
+            return {**merged, "particles": None, "follower": {}}
+        joined = join_states([_with_follower(part["particles"], part["follower"]) for part in present])
+        return {**merged, **_without_follower(in_order_of_ids(joined))}
+
+
+def _with_follower(particles: dict[str, Any], follower: Tensors) -> dict[str, Any]:
+    """A `Particles.state_dict` that carries the follower's state beside the leader's."""
+    both = {f"leader.{n}": v for n, v in particles["rule_state"].items()}
+    return {**particles, "rule_state": {**both, **{f"follower.{n}": v for n, v in follower.items()}}}
+
+
+def _without_follower(joined: dict[str, Any]) -> dict[str, Any]:
+    """The inverse: {"particles": …, "follower": …}."""
+    states: dict[str, Tensors] = {"leader": {}, "follower": {}}
+    for name, value in joined["rule_state"].items():
+        whose, _, rest = name.partition(".")
+        states[whose][rest] = value
+    return {"particles": {**joined, "rule_state": states["leader"]}, "follower": states["follower"]}
 
 
 def _put(state: Tensors, values: Tensors, columns: torch.Tensor, which: torch.Tensor, num_particles: int) -> Tensors:

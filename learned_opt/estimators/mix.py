@@ -23,6 +23,7 @@ import torch
 
 from learned_opt.estimators.antithetic import AntitheticEstimator, flatten, unflatten
 from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.estimators.sharded import mean_over_ranks, sharded
 from learned_opt.estimators.table import SINGLE, make
 from learned_opt.task import Tensors
 
@@ -53,6 +54,7 @@ class InverseVarianceMix(Estimator):
     """
 
     kind: ClassVar[str] = "mix"
+    spans_ranks: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -69,7 +71,8 @@ class InverseVarianceMix(Estimator):
         second = make(SINGLE, evolution, evolution_settings or {})
         if not isinstance(second, AntitheticEstimator):
             raise ValueError(f"evolution must be an evolution strategy, es, pes or nres; got {evolution!r}")
-        self.estimators: tuple[Estimator, Estimator] = (make(SINGLE, "backprop", backprop_settings or {}), second)
+        first = make(SINGLE, "backprop", backprop_settings or {})
+        self.estimators: tuple[Estimator, Estimator] = (sharded(first), sharded(second))
         self.num_groups = num_groups
         self.decay = decay
         self._unit = 2 * num_groups * 2 * second.num_pairs
@@ -96,10 +99,13 @@ class InverseVarianceMix(Estimator):
         )
 
     def estimate(self, work: Workload, theta: Tensors, state: MixState) -> Estimate:
-        estimates = [
-            [estimator.estimate(work, theta, group) for group in groups]
+        own = [
+            estimator.estimate(work, theta, group)
             for estimator, groups in zip(self.estimators, state.groups)
+            for group in groups
         ]
+        means_over_ranks, _ = mean_over_ranks(own, work.ranks)
+        estimates = [means_over_ranks[: self.num_groups], means_over_ranks[self.num_groups :]]
         grads = torch.stack([torch.stack([flatten(e.grads) for e in row]) for row in estimates])
         means, now = grads.mean(1), grads.var(1) / self.num_groups
         # A coordinate whose variance overflows has no weight this time, and leaves its average as it was.
@@ -112,13 +118,12 @@ class InverseVarianceMix(Estimator):
         es_weight = torch.where(total > 0, state.variances[0] / total, 0.5)
         es_weight = torch.where(usable[0], torch.where(usable[1], es_weight, 0.0), 1.0)
         means = torch.where(usable | ~usable.any(0), means, 0.0)
-        both = [e for row in estimates for e in row]
         return Estimate(
             grads=unflatten(torch.lerp(means[0], means[1], es_weight), theta),
-            meta_loss=sum(e.meta_loss for e in both) / len(both),
-            num_inner_steps=sum(e.num_inner_steps for e in both),
-            num_invalid=sum(e.num_invalid for e in both),
-            num_clipped=sum(e.num_clipped for e in both),
+            meta_loss=sum(e.meta_loss for e in means_over_ranks) / len(means_over_ranks),
+            num_inner_steps=sum(e.num_inner_steps for e in own),
+            num_invalid=sum(e.num_invalid for e in own),
+            num_clipped=sum(e.num_clipped for e in own),
             metrics={"es_weight": float(es_weight.mean())},
         )
 
@@ -135,3 +140,10 @@ class InverseVarianceMix(Estimator):
     def load_state_dict(self, work: Workload, saved: dict[str, Any]) -> MixState:
         groups = [[e.load_state_dict(work, g) for g in groups] for e, groups in zip(self.estimators, saved["groups"])]
         return MixState(groups, saved["variances"].to(work.batched.device), saved["counter"])
+
+    def merge(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        groups = [
+            [e.merge([part["groups"][half][group] for part in parts]) for group in range(self.num_groups)]
+            for half, e in enumerate(self.estimators)
+        ]
+        return {"groups": groups, "variances": parts[0]["variances"], "counter": parts[0]["counter"]}

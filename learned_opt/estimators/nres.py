@@ -54,8 +54,13 @@ class NRES(AntitheticEstimator):
         all_losses, all_initial = torch.cat(losses), torch.cat(initial)
         shares = self.differences(work, all_losses, all_initial, valid)
         total = torch.zeros_like(flatten(theta))
-        start = 0
-        for stop, noise in pieces:
-            total = total + self.shape_difference(shares[start:stop].sum(0)) @ noise
-            start = stop
+        # The truncation is cut where any pair's episode ends; a pair's difference is of all it did under one ε, so that
+        # it does not depend on which other pairs run beside it.
+        difference, start = shares.new_zeros(num), 0
+        for index, (stop, noise) in enumerate(pieces):
+            difference = difference + shares[start:stop].sum(0)
+            last = index + 1 == len(pieces)
+            over = torch.ones_like(valid) if last else (pieces[index + 1][1] != noise).any(1)
+            total = total + torch.where(over, self.shape_difference(difference), 0.0) @ noise
+            difference, start = torch.where(over, 0.0, difference), stop
         return self.finish(work, theta, total, all_losses, all_initial, valid, work.truncation * len(particles))
