@@ -127,7 +127,7 @@ def test_the_table_is_aligned_and_says_what_it_holds(found):
     comparison, _ = found
     lines = comparison.table().splitlines()
     assert re.split("  +", lines[0].strip()) == comparison.header()[1:]
-    assert comparison.header()[5:8] == ["final / adam", "mean / adam", "steps to adam"]
+    assert comparison.header()[5:9] == ["final / adam", "mean / adam", "steps to adam", "speed-up"]
     assert lines[2] == "one" and lines[8] == "two"
     rows = [line for line in lines[3:13] if line.startswith("  ")]
     assert len(rows) == 8
@@ -155,7 +155,7 @@ def test_a_baseline_that_diverges_everywhere_is_an_honest_entry(tmp_path):
     result = comparison.result("steep", "sgd")
     assert result.scores is None and result.rate is None
     row = comparison.rows()[1]
-    assert row == ["steep", "sgd", "-", "-", "-", "-", "-", "-", "all", "-"]
+    assert row == ["steep", "sgd", "-", "-", "-", "-", "-", "-", "-", "all", "-"]
     assert "steep, sgd: every meta-validation task diverged at every rate from 1e-07 to 10" in comparison.table()
     json.dumps(comparison.to_json(), allow_nan=False)
     assert comparison.result("steep", "learned").scores.final_ratio is not None
@@ -163,7 +163,7 @@ def test_a_baseline_that_diverges_everywhere_is_an_honest_entry(tmp_path):
     # The reference itself may be the one that has no numbers.
     alone = compare([learned(), Baseline(name="adam", make=torch.optim.SGD)], {"steep": family}, CONFIG, dtype=DOUBLE)
     assert alone.result("steep", "learned").scores.final_ratio is None
-    assert alone.rows()[0][5:8] == ["-", "-", "-"]
+    assert alone.rows()[0][5:9] == ["-", "-", "-", "-"]
 
 
 def test_diverged_tasks_are_counted_and_make_means_infinite():
@@ -189,7 +189,7 @@ def test_infinities_in_table_and_json():
     comparison = compare(
         [Baseline(name="boom", make=explode, rates=(0.1,)), BASELINES["adam"]], {"p": Parabola()}, CONFIG, dtype=DOUBLE
     )
-    assert comparison.rows()[0][1:9] == ["boom", "0.1", "inf", "inf", "inf", "inf", "> 20 (0%)", "6/6"]
+    assert comparison.rows()[0][1:9] == ["boom", "0.1", "inf", "inf", "inf", "inf", "> 20 (0%)", "0.050"]
     plain = comparison.to_json()["results"][0]["scores"]
     assert plain["final_loss"] == {"value": None, "low": None, "high": None} and plain["num_diverged"] == 6
 

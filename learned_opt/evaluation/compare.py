@@ -1,23 +1,32 @@
-"""Learned and hand-designed optimizers side by side, over task families."""
+"""Learned and hand-designed optimizers side by side, over task families.
+
+A comparison is long, so nothing that happens in it is lost: every result is handed out as it comes, runs can be kept in
+a cache, and an optimizer that fails on a family has an entry that says so, after which the comparison goes on.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 
+from learned_opt.artifact import Artifact, content_hash
 from learned_opt.batched import BatchedFamily
-from learned_opt.evaluation import metrics
+from learned_opt.evaluation import cost
 from learned_opt.evaluation.baselines import Baseline, Tuning, tune
-from learned_opt.evaluation.metrics import Array, Interval
-from learned_opt.evaluation.results import Comparison, Curve, Result, Scores
+from learned_opt.evaluation.cache import RunCache, learned_name
+from learned_opt.evaluation.metrics import Array
+from learned_opt.evaluation.results import Comparison, Cost, Result
 from learned_opt.evaluation.runs import DEFAULT_PARTICLES_AT_ONCE, Runs, run_rule
+from learned_opt.evaluation.scoring import score
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import TaskFamily, Tensors
 
-_POINTS_PER_CURVE = 201
+__all__ = ["Candidate", "EvaluationConfig", "Learned", "OnResult", "OnStart", "compare", "score"]
+
+
+_LONGEST_MEASUREMENT = 60.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,9 @@ class Learned:
 
 Candidate = Learned | Baseline
 
+OnStart = Callable[[str, str], None]
+"""Called with the labels of family and optimizer before each is run."""
+
 OnResult = Callable[[Result, Comparison], None]
 """Called with each result as it is found, and with the comparison so far."""
 
@@ -59,6 +71,8 @@ class EvaluationConfig:
         num_resamples: of the bootstrap, at least 1.
         confidence: of all intervals, in (0, 1).
         particles_at_once: bounds memory; at least 1.
+        cost_seconds: for how long the time of a gradient, and of each optimizer's step, is measured on every family;
+            0 for not at all.
     """
 
     horizon: int = 100
@@ -70,6 +84,7 @@ class EvaluationConfig:
     num_resamples: int = 2000
     confidence: float = 0.95
     particles_at_once: int = DEFAULT_PARTICLES_AT_ONCE
+    cost_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("horizon", "num_tasks", "num_validation_tasks", "num_resamples", "particles_at_once"):
@@ -81,6 +96,8 @@ class EvaluationConfig:
             raise ValueError(f"validation_seed must be non-negative; got {self.validation_seed}")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must lie strictly between 0 and 1; got {self.confidence}")
+        if not 0 <= self.cost_seconds <= _LONGEST_MEASUREMENT:
+            raise ValueError(f"cost_seconds must lie in [0, {_LONGEST_MEASUREMENT:g}]; got {self.cost_seconds}")
 
 
 def compare(
@@ -91,6 +108,8 @@ def compare(
     horizons: Mapping[str, int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    cache: RunCache | None = None,
+    on_start: OnStart | None = None,
     on_result: OnResult | None = None,
 ) -> Comparison:
     """Run every candidate on the same meta-test tasks of every family.
@@ -104,10 +123,13 @@ def compare(
         horizons: label -> inner steps, for families whose horizon is not the configuration's.
         device: where to run.
         dtype: of parameters and data.
+        cache: where runs are looked up and kept; None for nowhere.
+        on_start: called before an optimizer is run on a family.
         on_result: called with every result as soon as it is there, so that a long comparison can be saved as it goes.
 
     Returns:
-        The comparison. A baseline that diverges at every rate has an entry without scores.
+        The comparison. A baseline that diverges at every rate, and an optimizer that raises an error, have an entry
+        without scores and with a note.
 
     Raises:
         ValueError: no candidates or families, a name twice, a horizon out of range or of an unknown family, a family
@@ -127,7 +149,7 @@ def compare(
             raise ValueError(f"horizons names {label!r}, which is not among the families {', '.join(families)}")
         if horizon < 1:
             raise ValueError(f"the horizon of {label!r} must be at least 1; got {horizon}")
-    batched = {label: BatchedFamily(family, device=device, dtype=dtype) for label, family in families.items()}
+    batched = _programs(families, device, dtype)
     has_reference = any(isinstance(c, Baseline) and c.name == config.reference for c in candidates)
     comparison = Comparison(
         families={label: family.describe() for label, family in families.items()},
@@ -138,45 +160,112 @@ def compare(
         confidence=config.confidence,
         results=(),
     )
-    for label, family_program in batched.items():
+    for label, program in batched.items():
         horizon = (horizons or {}).get(label, config.horizon)
         reference: Array | None = None
+        clock = _Clock(program, config.cost_seconds)
         # The reference goes first, since the others' ratios are to it.
         for candidate in sorted(candidates, key=lambda c: not (has_reference and c.name == config.reference)):
-            tuning, runs = _run(candidate, family_program, config, horizon)
-            losses = runs.losses.double().numpy() if runs else None
+            if on_start is not None:
+                on_start(label, candidate.name)
+            result, losses = _result(label, candidate, program, config, horizon, reference, cache, clock)
             if has_reference and candidate.name == config.reference:
                 reference = losses
-            result = Result(
-                family=label,
-                optimizer=candidate.name,
-                learned=isinstance(candidate, Learned),
-                horizon=horizon,
-                tuning=tuning,
-                scores=score(losses, runs.metrics, reference, config) if runs and losses is not None else None,
-                note=tuning.note if tuning else "",
-            )
             comparison = dataclasses.replace(comparison, results=(*comparison.results, result))
             if on_result is not None:
                 on_result(result, comparison)
     return comparison
 
 
+def _programs(
+    families: Mapping[str, TaskFamily], device: torch.device | str, dtype: torch.dtype
+) -> dict[str, BatchedFamily]:
+    """The families' batched programs; labels of one and the same family, at several horizons say, share one."""
+    made: dict[int, BatchedFamily] = {}
+    for family in families.values():
+        if id(family) not in made:
+            made[id(family)] = BatchedFamily(family, device=device, dtype=dtype)
+    return {label: made[id(family)] for label, family in families.items()}
+
+
+class _Clock:
+    """Costs on one family; the gradient, which all optimizers share, is timed once."""
+
+    def __init__(self, program: BatchedFamily, seconds: float) -> None:
+        self._program, self._seconds = program, seconds
+        self._setting: cost.Setting | None = None
+
+    def measure(self, candidate: Candidate) -> Cost | None:
+        if not self._seconds:
+            return None
+        if self._setting is None:
+            self._setting = cost.prepare(self._program.family, device=self._program.device, seconds=self._seconds)
+        timed: Baseline | Artifact
+        if isinstance(candidate, Learned):
+            timed = Artifact.of(candidate.rule, candidate.theta, name="timed")
+        else:
+            timed = candidate
+        return cost.measure(timed, self._setting, seconds=self._seconds)
+
+
+def _result(
+    label: str,
+    candidate: Candidate,
+    program: BatchedFamily,
+    config: EvaluationConfig,
+    horizon: int,
+    reference: Array | None,
+    cache: RunCache | None,
+    clock: _Clock,
+) -> tuple[Result, Array | None]:
+    """One entry, and the losses behind it. An error becomes an entry that tells it: hours of work may lie behind."""
+    result = Result(
+        family=label,
+        optimizer=candidate.name,
+        learned=isinstance(candidate, Learned),
+        horizon=horizon,
+        tuning=None,
+        scores=None,
+        note="",
+    )
+    try:
+        tuning, runs = _run(candidate, program, config, horizon, cache)
+        result = dataclasses.replace(result, tuning=tuning, note=tuning.note if tuning else "")
+        if runs is None:
+            return result, None
+        losses = runs.losses.double().numpy()
+        # An optimizer is its own reference from the first.
+        own = isinstance(candidate, Baseline) and candidate.name == config.reference
+        scores = score(losses, runs.metrics, losses if own else reference, config)
+        return dataclasses.replace(result, scores=scores, cost=clock.measure(candidate)), losses
+    except Exception as error:
+        text = (str(error).strip() or "no message").splitlines()[0]
+        return dataclasses.replace(result, scores=None, note=f"could not run: {type(error).__name__}: {text}"), None
+
+
 def _run(
-    candidate: Candidate, batched: BatchedFamily, config: EvaluationConfig, horizon: int
+    candidate: Candidate, batched: BatchedFamily, config: EvaluationConfig, horizon: int, cache: RunCache | None
 ) -> tuple[Tuning | None, Runs | None]:
     """A baseline's tuning, and losses [horizon + 1, tasks] and metrics [tasks] over all seeds' meta-test tasks."""
     if isinstance(candidate, Learned):
-        return None, run_rule(
-            candidate.rule,
-            candidate.theta,
-            batched,
-            split="meta_test",
-            seeds=config.seeds,
-            num_tasks=config.num_tasks,
-            horizon=horizon,
-            particles_at_once=config.particles_at_once,
-        )
+
+        def compute() -> Runs:
+            return run_rule(
+                candidate.rule,
+                candidate.theta,
+                batched,
+                split="meta_test",
+                seeds=config.seeds,
+                num_tasks=config.num_tasks,
+                horizon=horizon,
+                particles_at_once=config.particles_at_once,
+            )
+
+        if cache is None:
+            return None, compute()
+        kind, settings = candidate.rule.kind, candidate.rule.settings()
+        what = learned_name(kind, settings, content_hash(kind, settings, candidate.theta))
+        return None, cache.run(batched, what, "meta_test", config.seeds, config.num_tasks, horizon, compute)
     tuning = tune(
         candidate,
         batched,
@@ -184,6 +273,7 @@ def _run(
         num_tasks=config.num_validation_tasks,
         horizon=horizon,
         particles_at_once=config.particles_at_once,
+        cache=cache,
     )
     if tuning.rate is None:
         return tuning, None
@@ -195,51 +285,6 @@ def _run(
         num_tasks=config.num_tasks,
         horizon=horizon,
         particles_at_once=config.particles_at_once,
+        cache=cache,
     )
     return tuning, Runs(runs.losses[:, 0], {name: value[0] for name, value in runs.metrics.items()})
-
-
-def score(losses: Array, task_metrics: Tensors, reference: Array | None, config: EvaluationConfig) -> Scores:
-    """All numbers of one optimizer on one family.
-
-    Args:
-        losses: [horizon + 1, num_tasks].
-        task_metrics: the family's metrics, each [num_tasks].
-        reference: the reference's losses on the same tasks; None for none.
-        config: how many resamples, and the confidence of intervals.
-    """
-    final, along = metrics.final_losses(losses), metrics.mean_losses(losses)
-
-    def interval(statistic: metrics.Statistic, *samples: Array) -> Interval:
-        return metrics.bootstrap(statistic, *samples, num_resamples=config.num_resamples, confidence=config.confidence)
-
-    final_ratio = mean_ratio = task_final_ratio = steps_to_reference = share_reached = None
-    if reference is not None:
-        final_ratio = interval(metrics.ratio_of_means, final, metrics.final_losses(reference))
-        mean_ratio = interval(metrics.ratio_of_means, along, metrics.mean_losses(reference))
-        task_final_ratio = interval(metrics.median_ratio, final, metrics.final_losses(reference))
-        steps = metrics.steps_to_reach(losses, metrics.final_losses(reference))
-        steps_to_reference = interval(metrics.median, steps)
-        share_reached = float(np.isfinite(steps).mean())
-    return Scores(
-        num_tasks=losses.shape[1],
-        num_diverged=int(metrics.diverged(losses).sum()),
-        num_above_start=int(metrics.ended_above_start(losses).sum()),
-        final_loss=interval(metrics.mean, final),
-        mean_loss=interval(metrics.mean, along),
-        final_ratio=final_ratio,
-        mean_ratio=mean_ratio,
-        task_final_ratio=task_final_ratio,
-        steps_to_reference=steps_to_reference,
-        share_reached=share_reached,
-        metrics={name: interval(metrics.mean, value.double().numpy()) for name, value in task_metrics.items()},
-        curve=_curve(losses, config.confidence),
-        task_final_losses=tuple(final.tolist()),
-        task_mean_losses=tuple(along.tolist()),
-    )
-
-
-def _curve(losses: Array, confidence: float) -> Curve:
-    kept = np.unique(np.linspace(0, len(losses) - 1, min(_POINTS_PER_CURVE, len(losses))).round().astype(int))
-    middle, low, high = (tuple(line[kept].tolist()) for line in metrics.median_band(losses, confidence))
-    return Curve(steps=tuple(kept.tolist()), median=middle, low=low, high=high)

@@ -27,6 +27,24 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds that one inner step of one task takes; `learned_opt.evaluation.cost` measures them.
+
+    Attributes:
+        gradient: the loss and its backward pass.
+        step: the optimizer's own step.
+    """
+
+    gradient: float
+    step: float
+
+    @property
+    def total(self) -> float:
+        """Both together."""
+        return self.gradient + self.step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Scores:
     """One optimizer's numbers on one family's meta-test tasks; `learned_opt.evaluation.metrics` defines them.
 
@@ -41,9 +59,12 @@ class Scores:
         steps_to_reference: the median over tasks of the steps to reach the reference's final loss on the same task,
             infinite if half of them never do; None where there is no reference.
         share_reached: the share of tasks that reach it; None where there is no reference.
+        speedup, horizon_speedup: the interquartile mean over tasks of the speed-up over the reference, by the two
+            definitions of `learned_opt.evaluation.speedup`; None where there is no reference.
         metrics: the mean over tasks of each of the family's `eval_metrics`.
         curve: the loss curve.
         task_final_losses, task_mean_losses: one number per task, [num_tasks], infinite where it diverged.
+        task_speedups, task_horizon_speedups: one number per task, [num_tasks]; None where there is no reference.
     """
 
     num_tasks: int
@@ -56,10 +77,14 @@ class Scores:
     task_final_ratio: Interval | None
     steps_to_reference: Interval | None
     share_reached: float | None
+    speedup: Interval | None
+    horizon_speedup: Interval | None
     metrics: dict[str, Interval]
     curve: Curve
     task_final_losses: tuple[float, ...]
     task_mean_losses: tuple[float, ...]
+    task_speedups: tuple[float, ...] | None
+    task_horizon_speedups: tuple[float, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +96,9 @@ class Result:
         learned: whether the optimizer is an update rule rather than a baseline.
         horizon: inner steps.
         tuning: how a baseline's learning rate was chosen; None for a learned optimizer.
-        scores: None for a baseline that diverged at every rate.
+        scores: None for a baseline that diverged at every rate, and for an optimizer that could not run.
         note: what a reader should know of this row, or an empty string.
+        cost: of an inner step; None where it was not measured.
     """
 
     family: str
@@ -82,6 +108,7 @@ class Result:
     tuning: Tuning | None
     scores: Scores | None
     note: str
+    cost: Cost | None = None
 
     @property
     def rate(self) -> float | None:
@@ -147,7 +174,12 @@ class Comparison:
         """The columns of `rows`."""
         columns = ["optimizer", "rate", "final loss", "mean loss"]
         if self.reference:
-            columns += [f"final / {self.reference}", f"mean / {self.reference}", f"steps to {self.reference}"]
+            columns += [
+                f"final / {self.reference}",
+                f"mean / {self.reference}",
+                f"steps to {self.reference}",
+                "speed-up",
+            ]
         return ["family", *columns, "diverged", *self._metric_names()]
 
     def rows(self, *, wide: bool = False) -> list[list[str]]:
@@ -185,7 +217,8 @@ class Comparison:
             return text
         return (
             f"{text}\nRatios are to tuned {self.reference} on the same tasks; steps to {self.reference}: "
-            "median steps to its final loss, and the share of tasks that reach it."
+            "median steps to its final loss, and the share of tasks that reach it;\nspeed-up: how many times fewer "
+            "steps to the worse of the two final losses, the interquartile mean over tasks."
         )
 
     def _metric_names(self) -> list[str]:
@@ -198,14 +231,15 @@ class Comparison:
         scores, names = result.scores, self._metric_names()
         cells = [result.family, result.optimizer, "-" if result.rate is None else f"{result.rate:.2g}"]
         if scores is None:
-            return [*cells, *["-"] * (5 if self.reference else 2), "all", *["-"] * len(names)]
+            diverged = "all" if result.tuning is not None else "-"
+            return [*cells, *["-"] * (6 if self.reference else 2), diverged, *["-"] * len(names)]
         with_intervals = wide or not self.reference
-        cells += [_cell(scores.final_loss, 3, with_intervals), _cell(scores.mean_loss, 3, with_intervals)]
+        cells += [format_cell(scores.final_loss, 3, with_intervals), format_cell(scores.mean_loss, 3, with_intervals)]
         if self.reference:
-            cells += [_cell(ratio, 2, True) for ratio in (scores.final_ratio, scores.mean_ratio)]
-            cells.append(_steps(scores, result.horizon))
+            cells += [format_cell(ratio, 2, True) for ratio in (scores.final_ratio, scores.mean_ratio)]
+            cells += [_steps(scores, result.horizon), format_cell(scores.speedup, 2, True)]
         cells.append(f"{scores.num_diverged}/{scores.num_tasks}")
-        return cells + [_cell(scores.metrics.get(name), 3, wide) for name in names]
+        return cells + [format_cell(scores.metrics.get(name), 3, wide) for name in names]
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -213,7 +247,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(parts).rstrip()
 
 
-def _number(value: float, digits: int) -> str:
+def format_number(value: float, digits: int) -> str:
     """So many significant digits; plain notation from 0.0001 to a million."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else "inf"
@@ -225,13 +259,14 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.{max(digits - 1 - power, 0)}f}"
 
 
-def _cell(interval: Interval | None, digits: int, with_interval: bool) -> str:
+def format_cell(interval: Interval | None, digits: int, with_interval: bool) -> str:
+    """A number, with its interval in brackets if asked for and if it has one; "-" for none."""
     if interval is None or math.isnan(interval.value):
         return "-"
-    text = _number(interval.value, digits)
+    text = format_number(interval.value, digits)
     if not with_interval or interval.low == interval.high:
         return text
-    return f"{text} [{_number(interval.low, digits)}, {_number(interval.high, digits)}]"
+    return f"{text} [{format_number(interval.low, digits)}, {format_number(interval.high, digits)}]"
 
 
 def _steps(scores: Scores, horizon: int) -> str:

@@ -108,6 +108,7 @@ def run_torch_optimizer(
     horizon: int,
     make_schedule: MakeSchedule | None = None,
     elementwise: bool = True,
+    flat: bool = False,
     with_metrics: bool = True,
     particles_at_once: int = DEFAULT_PARTICLES_AT_ONCE,
 ) -> Runs:
@@ -122,6 +123,8 @@ def run_torch_optimizer(
         elementwise: whether the optimizer treats coordinates apart from each other. If it does not (it has norms over a
             tensor, global statistics, …), say False: every particle then gets an optimizer of its own over
             parameters of their true shapes, which is exact and slower.
+        flat: whether an optimizer that is not elementwise may get all of a task's parameters as one vector, which is
+            faster: true if it knows tensors only by sums over all of them.
         with_metrics: whether to compute the family's metrics.
         particles_at_once: memory is bounded by so many particles, or by the particles of one task or rate.
 
@@ -142,9 +145,13 @@ def run_torch_optimizer(
         for first_rate in range(0, len(rates), num_rates_at_once):
             some = rates[first_rate : first_rate + num_rates_at_once]
             particles = _concatenate([drawn] * len(some))
-            move = _torch_move(make_optimizer, batched, particles, some, horizon, make_schedule, elementwise)
+            shapes = "stacked" if elementwise else "flat" if flat else "true"
+            optimizers, move = _torch_move(make_optimizer, batched, particles, some, horizon, make_schedule, shapes)
             with torch.no_grad():
                 losses = _losses(batched, particles, horizon, move)
+            for optimizer in optimizers:
+                # Schedule-free optimizers train at one point and are evaluated at another, which `eval` moves to.
+                getattr(optimizer, "eval", lambda: None)()
             metrics = _metrics(batched, particles) if with_metrics else {}
             rows.append(
                 Runs(
@@ -210,6 +217,7 @@ def _concatenate(parts: Sequence[Particles]) -> Particles:
         losses=tensors("losses"),
         initial=tensors("initial"),
         rule_state={},
+        pending=None if parts[0].pending is None else tensors("pending"),
     )
 
 
@@ -220,38 +228,41 @@ def _torch_move(
     rates: Sequence[float],
     horizon: int,
     make_schedule: MakeSchedule | None,
-    elementwise: bool,
-) -> Move:
-    """Optimizers over views of the particles' parameters [rates · tasks, D], which they change in place."""
+    shapes: str,
+) -> tuple[list[torch.optim.Optimizer], Move]:
+    """Optimizers over views of the particles' parameters [rates · tasks, D], which they change in place, and a step.
+
+    `shapes` says what an optimizer gets: all tasks "stacked", one task as a "flat" vector, or one in its "true" shapes.
+    """
     blocks = particles.params.view(len(rates), -1, particles.params.shape[-1])
     leaves: list[list[torch.Tensor]] = []
     optimizers = []
-    if elementwise:
+
+    def views(row: torch.Tensor) -> list[torch.Tensor]:
+        return list(batched.unflatten(row).values()) if shapes == "true" else [row]
+
+    if shapes == "stacked":
         leaves = [[block.detach().requires_grad_()] for block in blocks]
         groups = [{"params": leaf, "lr": rate} for leaf, rate in zip(leaves, rates)]
         optimizers = [make_optimizer(groups)]
     else:
         for block, rate in zip(blocks, rates):
             for row in block:
-                leaves.append([view.detach().requires_grad_() for view in batched.unflatten(row).values()])
+                leaves.append([view.detach().requires_grad_() for view in views(row)])
                 optimizers.append(make_optimizer([{"params": leaves[-1], "lr": rate}]))
     schedules = [make_schedule(optimizer, horizon) for optimizer in optimizers] if make_schedule else []
 
     def move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
-        if elementwise:
-            for (leaf,), grad in zip(leaves, grads.view_as(blocks)):
+        for parts, row in zip(leaves, grads.view_as(blocks) if shapes == "stacked" else grads):
+            for leaf, grad in zip(parts, views(row)):
                 leaf.grad = grad
-        else:
-            for leaf_views, row in zip(leaves, grads):
-                for leaf, grad in zip(leaf_views, batched.unflatten(row).values()):
-                    leaf.grad = grad
         for optimizer in optimizers:
             optimizer.step()
         for schedule in schedules:
             schedule.step()
         return params
 
-    return move
+    return optimizers, move
 
 
 def _losses(batched: BatchedFamily, particles: Particles, horizon: int, move: Move) -> torch.Tensor:
