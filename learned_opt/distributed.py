@@ -200,6 +200,15 @@ ALONE = Ranks()
 """The one process of a run without `torchrun`."""
 
 
+def on_cpu(value: Any) -> Any:
+    """Nested dicts and lists with every tensor in them on the CPU, as an exchange of objects needs it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {name: on_cpu(inner) for name, inner in value.items()}
+    return [on_cpu(inner) for inner in value] if isinstance(value, list) else value
+
+
 @contextlib.contextmanager
 def start() -> Iterator[Ranks]:
     """Join the processes that `torchrun` (or anything that sets RANK, WORLD_SIZE and MASTER_ADDR) has started.

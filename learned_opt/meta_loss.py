@@ -128,6 +128,14 @@ class MetaLoss:
         values = (sums / everywhere[-1]).clamp_min(torch.finfo(losses.dtype).tiny).log()
         return values[-1] if self.average == "final" else values.mean()
 
+    def along(self, losses: torch.Tensor, initial: torch.Tensor, total: Total) -> torch.Tensor:
+        """The mean normalized loss of all ranks' particles after each step, [steps], in float64; arguments as above."""
+        log_mean = self.normalization == "log_mean"
+        values = self._clipped(losses, initial) if log_mean else self.normalize(losses, initial)
+        sums = total(torch.cat([values.double().sum(-1), values.new_tensor([losses.shape[1]]).double()]))
+        mean = sums[:-1] / sums[-1]
+        return mean.clamp_min(torch.finfo(losses.dtype).tiny).log() if log_mean else mean
+
     def weights(
         self, losses: torch.Tensor, initial: torch.Tensor, valid: torch.Tensor, total: Total | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,9 @@ An outer step lets every family's estimator advance its particles by one truncat
 their global norm and moves theta with a plain `torch.optim` optimizer. Everything that decides what comes next is
 in `state_dict`: theta, the meta-optimizer, every particle in flight, the counters that name tasks and batches,
 and the best theta so far. A run that is stopped anywhere and resumed from it ends with the same bits.
+
+Several ranks (`learned_opt.distributed`) hold a share of the particles and of the validation tasks each, and everything
+else alike: they meet once in an outer step for the meta-gradients, once for theta, and once in a validation.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import torch
 
 from learned_opt.batched import BatchedFamily, check_device
 from learned_opt.curriculum import Action, CurriculumState, frozen_names
+from learned_opt.distributed import ALONE, Ranks, on_cpu
 from learned_opt.estimators.base import Estimate, Estimator, Workload
+from learned_opt.estimators.sharded import mean_over_ranks, sharded
 from learned_opt.initial_params import check_size, is_initial, name_of, with_initial
 from learned_opt.meta_config import MetaTrainerConfig, optimizer_class
 from learned_opt.particles import EpisodePlan, start_particles
@@ -42,6 +47,8 @@ class MetaTrainer:
         theta: where to start; drawn from the seed by default.
         device: where everything runs.
         dtype: floating-point type of theta, parameters and state.
+        ranks: the processes that share the particles; each makes a MetaTrainer with the same other arguments, and they
+            call its methods in the same order.
 
     Attributes:
         theta: the meta-parameters, updated in place.
@@ -63,6 +70,7 @@ class MetaTrainer:
         theta: Tensors | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks = ALONE,
     ) -> None:
         if not families:
             raise ValueError("families is empty; name at least one family to meta-train on")
@@ -70,7 +78,8 @@ class MetaTrainer:
             raise ValueError(
                 f"families_per_step ({config.families_per_step}) exceeds the number of families ({len(families)})"
             )
-        self.rule, self.config, self.estimator = rule, config, estimator
+        self.rule, self.config, self.estimator, self.ranks = rule, config, estimator, ranks
+        self._sharded = sharded(estimator)
         device = check_device(device)
         cache: dict[TaskFamily | int, BatchedFamily] = {}
 
@@ -89,6 +98,7 @@ class MetaTrainer:
         theta = theta or rule.init_theta(torch.Generator().manual_seed(config.seed))
         theta = with_initial(theta, programs, config.initial_params)
         self.theta: Tensors = {n: v.detach().clone().to(device, dtype) for n, v in theta.items()}
+        ranks.spread(list(self.theta.values()))
         self._initial = [name for name in self.theta if is_initial(name)]
         if self._initial and not estimator.trains_initial_params:
             raise ValueError(
@@ -112,6 +122,7 @@ class MetaTrainer:
                 truncation=config.truncation,
                 frozen=self._frozen_for(label, frozen),
                 initial=name_of(label) if name_of(label) in self.theta else "",
+                ranks=ranks,
             )
             for label, program in programs.items()
         }
@@ -120,7 +131,7 @@ class MetaTrainer:
             if name_of(label) in self.theta:
                 check_size(label, self.theta[name_of(label)], program)
         self.estimator_states = {
-            label: estimator.init(work, self.theta, range(i * config.num_particles, (i + 1) * config.num_particles))
+            label: self._sharded.init(work, self.theta, range(i * config.num_particles, (i + 1) * config.num_particles))
             for i, (label, work) in enumerate(self.work.items())
         }
         self.outer_step = 0
@@ -149,18 +160,18 @@ class MetaTrainer:
         config = self.config
         frozen = frozen_names(config.stages, self.outer_step, self.theta)
         self._plan_ahead(frozen)
-        estimates: list[tuple[str, Estimate]] = [
-            (label, self.estimator.estimate(self.work[label], self.theta, self.estimator_states[label]))
-            for _ in range(config.accumulation)
-            for label in self._chosen()
-        ]
+        labels = self._chosen() * config.accumulation
+        own = [self._sharded.estimate(self.work[n], self.theta, self.estimator_states[n]) for n in labels]
+        flying = [h for state in self.estimator_states.values() for h in self._sharded.horizons(state)]
+        means, horizons = mean_over_ranks(own, self.ranks, [sum(flying), len(flying)])
+        estimates: list[tuple[str, Estimate]] = list(zip(labels, means))
         for name, value in self.theta.items():
             # No gradient, rather than zeros, for what is held fixed: Adam would move on with its momentum.
             # Initial parameters learn from their own family alone.
             grads = [e.grads[name] for label, e in estimates if not is_initial(name) or name == name_of(label)]
             value.grad = None if name in frozen or not grads else torch.stack(grads).mean(0)
-        own = [value for name, value in self.theta.items() if not is_initial(name)]
-        norm = float(torch.nn.utils.clip_grad_norm_(own, config.clip_norm))
+        weights = [value for name, value in self.theta.items() if not is_initial(name)]
+        norm = float(torch.nn.utils.clip_grad_norm_(weights, config.clip_norm))
         initial_norms = [
             float(torch.nn.utils.clip_grad_norm_(self.theta[name], config.initial_params.clip_norm))
             for name in self._initial
@@ -172,6 +183,7 @@ class MetaTrainer:
             group["lr"] = config.learning_rate_at(self.outer_step, rate)
         if finite:
             self.optimizer.step()
+            self.ranks.spread(list(self.theta.values()))  # machines of different kinds may round differently
         self.optimizer.zero_grad()
         self.outer_step += 1
         self.totals["inner_steps"] += sum(e.num_inner_steps for _, e in estimates)
@@ -192,7 +204,7 @@ class MetaTrainer:
             "grad_norm": norm,
             "grad_norm_clipped": min(norm, config.clip_norm) if finite else math.nan,
             "learning_rate": config.learning_rate_at(self.outer_step - 1),
-            "horizon": self._mean_horizon(),
+            "horizon": horizons[0] / horizons[1],
         }
         if initial_norms:
             metrics["grad_norm_initial"] = max(initial_norms)
@@ -213,10 +225,6 @@ class MetaTrainer:
     def _frozen_for(self, label: str, frozen: tuple[str, ...]) -> tuple[str, ...]:
         """The names that do not matter to this family's tasks join those that are held fixed for all."""
         return (*frozen, *(name for name in self._initial if name != name_of(label) and name not in frozen))
-
-    def _mean_horizon(self) -> float:
-        horizons = [h for state in self.estimator_states.values() for h in self.estimator.horizons(state)]
-        return sum(horizons) / len(horizons)
 
     @property
     def finished(self) -> bool:
@@ -262,23 +270,40 @@ class MetaTrainer:
         plan = EpisodePlan(split="meta_validation", run_seed=config.seed)
         scores: dict[str, float] = {}
         for label, batched in self.validation.items():
-            particles = start_particles(batched, self.rule, plan, range(config.validation_tasks))
-            initial = self.theta.get(name_of(label))
-            segment = unroll(
-                self.rule, self.theta, batched, plan, particles, horizon, restart_invalid=False, initial_params=initial
-            )
-            losses = torch.where(torch.isfinite(segment.losses), segment.losses, math.inf)
-            values = config.meta_loss.normalize(losses, segment.initial)
+            losses = start = torch.zeros(horizon, 0, dtype=batched.dtype, device=batched.device)
+            mine = self.ranks.share(range(config.validation_tasks))
+            if mine:
+                segment = unroll(
+                    self.rule,
+                    self.theta,
+                    batched,
+                    plan,
+                    start_particles(batched, self.rule, plan, mine),
+                    horizon,
+                    restart_invalid=False,
+                    initial_params=self.theta.get(name_of(label)),
+                )
+                losses = torch.where(torch.isfinite(segment.losses), segment.losses, math.inf)
+                start = segment.initial
+            values = config.meta_loss.along(losses, start, self.ranks.sum)
             last = max(1, horizon // 20)
             scores[f"validation/{label}"] = float((values.mean() + values[-last:].mean()) / 2)
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, as plain tensors, numbers, strings, lists and dicts."""
+        """All that a resumed run needs, as plain tensors, numbers, strings, lists and dicts.
+
+        It holds all ranks' particles, and is of one form for any number of ranks. Every rank calls this; those that are
+        not the first get an empty dict.
+        """
+        own = {n: self._sharded.state_dict(s) for n, s in self.estimator_states.items()}
+        parts = self.ranks.gather(own if self.ranks.size == 1 else on_cpu(own))
+        if parts is None:
+            return {}
         return {
             "theta": {n: v.clone() for n, v in self.theta.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),  # the optimizer changes its tensors in place
-            "estimators": {n: self.estimator.state_dict(s) for n, s in self.estimator_states.items()},
+            "estimators": {n: self._sharded.merge([part[n] for part in parts]) for n in own},
             "outer_step": self.outer_step,
             "best_theta": self.best_theta,
             "best_score": self.best_score,
@@ -289,7 +314,7 @@ class MetaTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`.
+        """Continue from `state_dict`, made by any number of ranks; every rank is given the whole.
 
         Raises:
             ValueError: the state is of another rule or other families.
@@ -312,7 +337,7 @@ class MetaTrainer:
         self._plan_ahead(frozen_names(self.config.stages, state["outer_step"], self.theta))
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.estimator_states = {
-            n: self.estimator.load_state_dict(self.work[n], s) for n, s in state["estimators"].items()
+            n: self._sharded.load_state_dict(self.work[n], s) for n, s in state["estimators"].items()
         }
         self.outer_step = state["outer_step"]
         best = state["best_theta"]
