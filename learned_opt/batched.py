@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.func import grad_and_value, vmap
+from torch.func import grad, grad_and_value, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from learned_opt.task import TaskFamily, Tensors, check_split, draw_batches, draw_task, stack
 
 _CALLS_BEFORE_TRACE = 8
+_VECTOR = "<vector>"  # beside a batch's own names
 # Parts of error messages that one particle at a time is no answer to.
 _NOT_FOR_ONE_BY_ONE = ("randomness", "out of memory", "allocate memory")
 
@@ -248,6 +249,19 @@ class BatchedFamily:
         with torch.no_grad():
             grads, losses = self._run("judge", function, params, tasks, batch)
         return losses, grads
+
+    def hessian_products(
+        self, params: torch.Tensor, tasks: Tensors, batch: Tensors, vectors: torch.Tensor
+    ) -> torch.Tensor:
+        """The Hessian of each particle's loss times its vector: [particles, num_parameters], like `vectors`."""
+
+        def product(flat: torch.Tensor, task: Tensors, shared: Tensors, batch: Tensors) -> torch.Tensor:
+            rest = {name: value for name, value in batch.items() if name != _VECTOR}
+            pull = vjp(lambda p: grad(self._loss)(p, task, shared, rest), flat)[1]
+            return pull(batch[_VECTOR])[0]
+
+        with torch.no_grad():
+            return self._run("hessian", self._vectorize(product), params, tasks, {**batch, _VECTOR: vectors})
 
     def eval_metrics(self, params: torch.Tensor, tasks: Tensors) -> Tensors:
         """The family's reported metrics, each [particles]; empty where the family reports none."""

@@ -56,7 +56,8 @@ class Stage:
     Attributes:
         params, grads: [P, num_parameters].
         rule_state: tensors [..., P · num_parameters].
-        new_params, new_grads: [P, num_parameters], after the step, before anything was restarted.
+        new_params: [P, num_parameters], after the step, before anything was restarted.
+        judged_grads: [P, num_parameters], the gradient there of the loss that judges.
         tasks, batch: the constants and the batch of the evaluation after the step.
         ends: [P], which particles were restarted right after the step; None for none.
     """
@@ -65,7 +66,7 @@ class Stage:
     grads: torch.Tensor
     rule_state: Tensors
     new_params: torch.Tensor
-    new_grads: torch.Tensor
+    judged_grads: torch.Tensor
     tasks: Tensors
     batch: Tensors
     ends: torch.Tensor | None
@@ -150,15 +151,14 @@ def learned_move(
             ones may be overwritten.
     """
     step = stepper(rule, theta, len(particles) if per_particle else 1) if chunk_size is None else None
-    owned = False
+    overwrite = False
 
-    def move_in_place(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
-        nonlocal owned
+    def fast_move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+        nonlocal overwrite
         assert step is not None
-        if keep_states or not owned:
-            particles.rule_state = {n: v.clone() for n, v in particles.rule_state.items()}
-            owned = True
-        return params + step(grads.reshape(-1), params.reshape(-1), particles.rule_state).view_as(params)
+        update, particles.rule_state = step(grads.reshape(-1), params.reshape(-1), particles.rule_state, overwrite)
+        overwrite = not keep_states
+        return params + update.view_as(params)
 
     def move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         if not per_particle:
@@ -173,7 +173,7 @@ def learned_move(
         particles.rule_state = {n: v.flatten(-2) for n, v in state.items()}
         return params + update
 
-    return move if step is None else move_in_place
+    return move if step is None else fast_move
 
 
 @torch.no_grad()
@@ -252,7 +252,7 @@ def unroll(
             if recorder is not None:
                 recorder.write(k, particles.grads, judged_grad)
             if record == "stages":
-                stages.append(Stage(*before, particles.params, particles.grads, particles.tasks, batch, None))
+                stages.append(Stage(*before, particles.params, judged_grad, particles.tasks, batch, None))
                 before = (particles.params, particles.grads, particles.rule_state)
         done += stretch
         over = [c for c in range(len(particles)) if particles.steps[c] == particles.horizons[c]]

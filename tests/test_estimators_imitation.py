@@ -94,7 +94,7 @@ def test_chunks_do_not_change_the_gradient(monkeypatch):
     work = workload(rule, NoisyBowl(), truncation=5, horizon=7)
     results = []
     for chunk in (2048, 4):
-        monkeypatch.setattr(imitation, "replay_chunk", lambda rule, chunk=chunk: chunk)
+        monkeypatch.setattr(imitation, "fitting_chunk", lambda rule, chunk=chunk: 2 * chunk)
         estimator = estimators.get("imitation", share=1.0)
         state = estimator.init(work, theta, range(4))
         results.append([flatten(estimator.estimate(work, theta, state).grads) for _ in range(3)])

@@ -280,7 +280,7 @@ def test_meta_gradient_is_that_of_the_sound_particles_alone(rule_name, settings)
     assert got.num_invalid == len(ids) - len(good) > 0 and want.num_invalid == 0
     assert got.meta_loss == pytest.approx(want.meta_loss, rel=1e-13)
     for name, value in want.grads.items():
-        torch.testing.assert_close(got.grads[name], value, rtol=1e-10, atol=1e-12 * float(value.abs().max()))
+        torch.testing.assert_close(got.grads[name], value, rtol=1e-8, atol=1e-12 * float(value.abs().max()))
     assert any(value.abs().max() > 0 for value in want.grads.values())
 
 

@@ -26,18 +26,13 @@ from learned_opt.batched import BatchedFamily
 from learned_opt.distributed import Ranks
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.estimators.initial import replayed_start_gradient, start_gradient
-from learned_opt.particles import Particles, columns_of, join_states, select_state, snapshot, start_particles
-from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
+from learned_opt.particles import Particles, join_states, select_state, snapshot, start_particles
+from learned_opt.rules.base import slice_coordinates
 from learned_opt.task import Tensors
 from learned_opt.unroll import Segment, Stage, unroll
 
 Cotangents = tuple[torch.Tensor, torch.Tensor, Tensors]
 """Derivatives of later meta-losses with respect to the (params, grads, rule state) that a step starts from."""
-
-
-def replay_chunk(rule: UpdateRule) -> int:
-    """Coordinates replayed at a time: half of what a step takes, since a replay keeps every step's gates."""
-    return fitting_chunk(rule) // 2
 
 
 def in_order_of_ids(saved: dict[str, Any]) -> dict[str, Any]:
@@ -69,8 +64,13 @@ class TruncatedBackprop(Estimator):
         """Particles at the start of their first episode.
 
         Raises:
-            ValueError: order 2 on a loss without second derivative.
+            ValueError: order 2 on a loss without second derivative, or on delayed gradients.
         """
+        if self.order == 2 and work.batched.family.gradient_delay:
+            raise ValueError(
+                f"order=2 cannot differentiate through the delayed gradients of {work.batched.family.name}; use order=1 "
+                "or an evolution strategy (es, pes, nres)"
+            )
         particles = start_particles(work.batched, work.rule, work.plan, ids)
         if self.order == 2:
             check_second_derivative(work.batched, particles)
@@ -142,7 +142,7 @@ class TruncatedBackprop(Estimator):
             num_steps, num_columns = weight.shape
             inputs, outputs = inputs.reshape(num_steps, -1), outputs.reshape(num_steps, -1)
             params = run.params.reshape(-1)
-            chunk_size = self.chunk_size or replay_chunk(work.rule)
+            chunk_size = self.chunk_size or work.rule.backward_chunk(theta)
             for start in range(0, num_columns * size, chunk_size):
                 stop = min(start + chunk_size, num_columns * size)
                 owner = torch.arange(start, stop, device=weight.device) // size
@@ -195,9 +195,8 @@ class TruncatedBackprop(Estimator):
         later: Cotangents | None,
     ) -> Cotangents | None:
         """Differentiate the segment's steps, the last first; `later` is what comes from the steps behind them."""
-        leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
         for step in reversed(range(len(segment.stages))):
-            later = self._one_step_back(work, leaves, total, segment.stages[step], weights[step], later, valid)
+            later = self._one_step_back(work, theta, total, segment.stages[step], weights[step], later, valid)
             if step in segment.starts:
                 total[work.initial] += start_gradient(
                     work.batched, segment.starts[step], later[0], later[1] if self.order == 2 else None, valid
@@ -207,7 +206,7 @@ class TruncatedBackprop(Estimator):
     def _one_step_back(
         self,
         work: Workload,
-        leaves: Tensors,
+        theta: Tensors,
         total: Tensors,
         stage: Stage,
         weight: torch.Tensor,
@@ -218,43 +217,44 @@ class TruncatedBackprop(Estimator):
 
         These are (params, grads, rule state).
         """
-        # Invalid particles' numbers may be NaN, and NaN times a zero cotangent is NaN: put zeros in their place.
-        params, grads = (torch.where(valid[:, None], x, 0.0).requires_grad_() for x in (stage.params, stage.grads))
-        columns_valid = valid.repeat_interleave(work.batched.num_parameters)
-        state = {n: torch.where(columns_valid, v, 0.0).requires_grad_() for n, v in stage.rule_state.items()}
-        with torch.enable_grad():
-            update, new_state = work.rule.update(leaves, grads.reshape(-1), params.reshape(-1), state)
-            new_params = params + update.view_as(params)
-            # Their loss may be NaN at zero too: what comes back from it must not reach theta.
-            new_params = torch.where(valid[:, None], new_params, new_params.detach())
+        batched = work.batched
+
+        def cleaned(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+            """Zeros for the particles that do not count: theirs may be NaN, and NaN times zero is NaN."""
+            return values if bool(keep.all()) else torch.where(keep[:, None], values, 0.0)
+
+        d_params = cleaned(stage.judged_grads, valid) * weight[:, None]
+        keep = valid if stage.ends is None else valid & ~stage.ends
+        if later is None:
+            d_state = {name: torch.zeros_like(value) for name, value in stage.rule_state.items()}
+        else:
+            d_params = d_params + cleaned(later[0], keep)
             if self.order == 2:
-                losses, new_grads = work.batched.losses_and_grads(
-                    new_params, stage.tasks, stage.batch, differentiable=True
-                )
-                if work.batched.judged_apart:
-                    losses, _ = work.batched.judge(new_params, stage.tasks, stage.batch, differentiable=True)
-                surrogate = (losses * weight)[valid].sum()
-            else:
-                _, new_grads = work.batched.judge(new_params.detach(), stage.tasks, stage.batch)
-                surrogate = (new_params * new_grads * weight[:, None])[valid].sum()
-            if later is not None:
-                d_params, d_grads, d_state = later
-                keep = valid if stage.ends is None else valid & ~stage.ends
-                surrogate = surrogate + (new_params * d_params)[keep].sum()
-                if self.order == 2:
-                    surrogate = surrogate + (new_grads * d_grads)[keep].sum()
-                for name, cotangent in d_state.items():
-                    columns = keep.nonzero().flatten()
-                    pair = columns_of({"value": new_state[name], "cotangent": cotangent}, columns, len(keep))
-                    surrogate = surrogate + (pair["value"] * pair["cotangent"]).sum()
-            wanted = [*leaves.values(), params, grads, *state.values()]
-            if not surrogate.requires_grad:
-                raise ValueError(f"{work.batched.family.name}: the loss does not depend on its parameters")
-            out = torch.autograd.grad(surrogate, wanted, allow_unused=True, materialize_grads=True)
-        for name, value in zip(leaves, out):
+                vectors = cleaned(later[1], keep)
+                points = cleaned(stage.new_params, valid)
+                products = batched.hessian_products(points, stage.tasks, stage.batch, vectors)
+                d_params = d_params + cleaned(products, keep)
+            columns = keep.repeat_interleave(batched.num_parameters)
+            d_state = {
+                name: value if bool(keep.all()) else torch.where(columns, value, 0.0)
+                for name, value in later[2].items()
+            }
+        columns_valid = valid.repeat_interleave(batched.num_parameters)
+        state = stage.rule_state
+        if not bool(valid.all()):
+            state = {name: torch.where(columns_valid, value, 0.0) for name, value in state.items()}
+        d_theta, d_grads, d_through_rule, d_before = work.rule.vjp(
+            theta,
+            cleaned(stage.grads, valid).reshape(-1),
+            cleaned(stage.params, valid).reshape(-1),
+            state,
+            d_params.reshape(-1),
+            d_state,
+        )
+        for name, value in d_theta.items():
             total[name] += value
-        rest = out[len(leaves) :]
-        return rest[0], rest[1], dict(zip(state, rest[2:]))
+        shape = stage.params.shape
+        return d_params + d_through_rule.view(shape), d_grads.view(shape), d_before
 
 
 def check_second_derivative(batched: BatchedFamily, particles: Particles) -> None:

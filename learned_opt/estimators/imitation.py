@@ -24,12 +24,12 @@ import torch
 
 from learned_opt import rules
 from learned_opt.estimators.antithetic import flatten, unflatten
-from learned_opt.estimators.backprop import in_order_of_ids, replay_chunk
+from learned_opt.estimators.backprop import in_order_of_ids
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.estimators.sharded import mean_over_ranks, sharded, with_own_counts
 from learned_opt.estimators.table import SINGLE, make
 from learned_opt.particles import Particles, columns_of, join_states, select_state, start_particles
-from learned_opt.rules.base import UpdateRule, slice_coordinates
+from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
 from learned_opt.task import Tensors
 from learned_opt.unroll import Run, Segment, unroll
 
@@ -239,7 +239,7 @@ class Imitation(Estimator):
         ends: list[Tensors] = []
         error, norm = grads.new_zeros(()), grads.new_zeros(())
         leaves = {n: v.detach().requires_grad_() for n, v in theta.items()}
-        chunk_size = replay_chunk(work.rule)
+        chunk_size = max(1, fitting_chunk(work.rule) // 2)  # the graph of all steps is kept
         for start in range(0, grads.shape[1], chunk_size):
             part = slice(start, min(start + chunk_size, grads.shape[1]))
             rule_state, teacher_state = (slice_coordinates(s, part.start, part.stop) for s in states)

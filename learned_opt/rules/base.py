@@ -113,6 +113,49 @@ class UpdateRule(ABC):
             out = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         return {n: torch.zeros_like(theta[n]) if g is None else g for n, g in zip(leaves, out)}
 
+    def vjp(
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        d_update: torch.Tensor,
+        d_state: Tensors,
+    ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
+        """Pull cotangents of one step's results back to all that it was given.
+
+        The reference implementation is autograd through `update`; a rule may override it with a faster route that
+        gives the same numbers.
+
+        Args:
+            theta, grads, params, state: what `update` was given.
+            d_update: cotangent of the update [n].
+            d_state: cotangents of the new state, contiguous tensors [..., n]; their memory may be used for the result.
+
+        Returns:
+            Derivatives with respect to theta, grads [n], params [n] and state.
+        """
+        leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+        grads, params = grads.detach().requires_grad_(), params.detach().requires_grad_()
+        before = {name: value.detach().requires_grad_() for name, value in state.items()}
+        with torch.enable_grad():
+            update, after = self.update(leaves, grads, params, before)
+            results, cotangents = [update, *after.values()], [d_update, *(d_state[name] for name in after)]
+            pairs = [(r, c) for r, c in zip(results, cotangents) if r.requires_grad]
+            out = torch.autograd.grad(
+                [r for r, _ in pairs],
+                [*leaves.values(), grads, params, *before.values()],
+                [c for _, c in pairs],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        num = len(leaves)
+        return dict(zip(leaves, out)), out[num], out[num + 1], dict(zip(before, out[num + 2 :]))
+
+    def backward_chunk(self, theta: Tensors) -> int:
+        """Coordinates to pass to `backward` at a time: half of what a step takes, since it keeps every step's work."""
+        return fitting_chunk(self) // 2
+
     @functools.cached_property
     def rows_per_coordinate(self) -> int:
         """How many numbers of state a coordinate has, the step count excluded."""

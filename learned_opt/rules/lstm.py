@@ -6,23 +6,29 @@ coordinates. A layer's four gates are one block of rows in the order input, forg
 that one matrix product computes them and one sigmoid covers three of them.
 
 `backward` is back-propagation through time written out by hand: it keeps the activated gates of a chunk's run and
-needs no autograd graph. Tests hold it to autograd.
+needs no autograd graph. Where a kernel compiled for this machine can be had (`native`), it does the same. Tests hold
+both to autograd.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from learned_opt.rules import native
 from learned_opt.rules.base import RuleConfig, UpdateRule
 from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
 from learned_opt.task import Tensors
 
 INPUTS = ("normalized", "log_and_sign")
+
+_NATIVE_CHUNK = 2**16
+"""Coordinates given to the compiled kernel at a time; it cuts them into blocks of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,11 @@ class LSTMRule(UpdateRule):
             return self.config.hidden_size
         return self.config.dense_units or NUM_FEATURES
 
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the rule's weights in theta, which may hold more than them."""
+        return tuple(self.init_theta(torch.Generator().manual_seed(0)))
+
     def init_theta(self, generator: torch.Generator) -> Tensors:
         """Uniform(±1/√hidden) weights as in `torch.nn.LSTM`, forget bias 1, and a read-out a tenth of that."""
         c = self.config
@@ -138,15 +149,81 @@ class LSTMRule(UpdateRule):
         out = (out.tanh() if c.output_tanh else out) * c.output_scale
         return torch.where(active, out, 0.0), {**new_state, "hidden": torch.stack(hidden), "cell": torch.stack(cell)}
 
+    @property
+    def native_inputs(self) -> native.Inputs:
+        """How a compiled kernel turns gradients into inputs."""
+        c = self.config
+        return native.Inputs(kind=c.inputs, beta=c.beta, eps=c.eps, log_range=c.log_range)
+
+    def native_kernel(self, theta: Tensors) -> native.LSTMKernel | None:
+        """The compiled kernel for this rule, where theta's device and type allow one."""
+        c = self.config
+        if not native.usable(*(theta[name] for name in self.names)):
+            return None
+        return native.kernel(
+            native.Shape(
+                num_features=NUM_FEATURES,
+                dense_units=c.dense_units,
+                num_layers=c.num_layers,
+                hidden_size=c.hidden_size,
+                output_tanh=c.output_tanh,
+            )
+        )
+
+    def backward_chunk(self, theta: Tensors) -> int:
+        return _NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta)
+
     def backward(
         self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
     ) -> Tensors:
+        kernel = self.native_kernel(theta)
+        if kernel is not None:
+            flat = kernel.backward(
+                native.flatten(theta, self.names),
+                self.native_inputs,
+                self.config.output_scale,
+                grads,
+                state,
+                loss_grads,
+            )
+            return native.unflatten(flat, self.names, theta)
         with torch.no_grad():
             tape = self._replay(theta, grads, state)
             # The derivative with respect to update t collects every later loss: p_{s+1} contains update t for all
             # s ≥ t.
             cotangents = loss_grads.flip(0).cumsum(0).flip(0)
             return self._backward_through_time(theta, tape, cotangents)
+
+    def vjp(
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        d_update: torch.Tensor,
+        d_state: Tensors,
+    ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
+        kernel = self.native_kernel(theta)
+        if kernel is None:
+            return super().vjp(theta, grads, params, state, d_update, d_state)
+        grads = grads.detach().requires_grad_()
+        averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in ("hidden", "cell")}
+        with torch.enable_grad():
+            rows, after, active = self._features(grads, averages)
+        d_before = {name: d_state[name] for name in ("hidden", "cell")}
+        weights = native.flatten(theta, self.names)
+        flat, d_rows = kernel.vjp(weights, self.config.output_scale, rows.detach(), active, state, d_update, d_before)
+        # The network is the kernel's; the features before it, a few numbers a coordinate, are autograd's.
+        d_grads, *d_averages = torch.autograd.grad(
+            [rows, *after.values()],
+            [grads, *averages.values()],
+            [d_rows, *(d_state[name] for name in after)],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        d_all = {**d_before, **dict(zip(averages, d_averages))}
+        d_theta = native.unflatten(flat, self.names, theta)
+        return d_theta, d_grads, torch.zeros_like(params), {name: d_all[name] for name in state}
 
     def _replay(self, theta: Tensors, grads: torch.Tensor, state: Tensors) -> _Tape:
         """Run the steps again, keeping each step's joined inputs, activated gates and cells."""

@@ -1,0 +1,717 @@
+// The LSTM rule on the CPU: a step, and back-propagation through a run of steps, compiled for one configuration.
+//
+// Coordinates are worked on in blocks of WIDTH, and everything of a block stays in a core's cache: for a step, its gates;
+// for a run, every step's activated gates, cells and inputs, which are computed again rather than kept by the caller.
+// Threads take whole groups of blocks. The groups depend on the number of coordinates alone, and their sums are added
+// in order, so that the numbers do not depend on the number of threads.
+//
+// Layouts are those of the rule in Python: rows are features, columns are coordinates; gates in the order input,
+// forget, output, candidate. `theta` is one flat vector: dense.weight, dense.bias (with DENSE), then per layer
+// lstm.weight [4·HIDDEN, inputs + HIDDEN] and lstm.bias, then output.weight and output.bias.
+//
+// Set by the compiler's command line: HIDDEN, LAYERS, DENSE (0 for none), FEATURES, OUTPUT_TANH (0 or 1).
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, REGISTERS = 32;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
+constexpr int VECTORS = 2;               // registers that hold one row of a block
+constexpr int WIDTH = LANES * VECTORS;   // coordinates of a block
+
+typedef float Vec __attribute__((vector_size(LANES * sizeof(float)), aligned(LANES * sizeof(float)), may_alias));
+typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+
+constexpr int FIRST = DENSE ? DENSE : FEATURES;  // inputs of the first layer
+constexpr int GATES = 4 * HIDDEN;
+constexpr int inputs_of(int layer) { return layer ? HIDDEN : FIRST; }
+constexpr int joined_of(int layer) { return inputs_of(layer) + HIDDEN; }
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline Vec splat(float x) { return x - Vec{}; }
+inline Vec larger(Vec a, Vec b) { return b > a ? b : a; }    // NaN in a stays
+inline Vec smaller(Vec a, Vec b) { return b < a ? b : a; }   // NaN in a stays
+
+inline Vec divide(Vec a, Vec b) {
+#ifdef __AVX512F__
+  // An estimate of 1/b and one Newton step: a third of the time of a division, to the same rounding or nearly so.
+  Vec r = (Vec)_mm512_rcp14_ps((__m512)b);
+  r = r * (2.0f - b * r);
+  Vec q = a * r;
+  return q + r * (a - b * q);
+#else
+  return a / b;
+#endif
+}
+
+// tanh(x) = p / q to 4e-7 of its value: of degree 9 and 8, fitted on [-9, 9] for the least relative error.
+inline void tanh_parts(Vec x, Vec& p, Vec& q) {
+  x = smaller(larger(x, splat(-9.0f)), splat(9.0f));
+  const Vec u = x * x;
+  p = 1.3353412e-08f * u + 2.0608184e-05f;
+  p = p * u + 0.0034955345f;
+  p = p * u + 0.13380981f;
+  p = p * u + 0.99999998f;
+  p = p * x;
+  q = 7.7760468e-07f * u + 0.00032855463f;
+  q = q * u + 0.02587678f;
+  q = q * u + 0.46714297f;
+  q = q * u + 1.0f;
+}
+
+inline Vec tanh_(Vec x) {
+  Vec p, q;
+  tanh_parts(x, p, q);
+  return divide(p, q);
+}
+
+// exp(x) - 1 where x <= 0, which is 2 t / (1 - t) with t = tanh(x / 2); x elsewhere.
+inline Vec elu(Vec x) {
+  Vec p, q;
+  tanh_parts(0.5f * x, p, q);
+  const Vec negative = divide(2.0f * p, q - p);
+  return x > 0.0f ? x : negative;
+}
+
+// Weights of sigmoid gates are halved when packed: this is sigmoid(2 x).
+inline Vec sigmoid_of_twice(Vec x) { return 0.5f * tanh_(x) + 0.5f; }
+
+// ---------------------------------------------------------------------------------------------- matrix products
+
+constexpr int best_divisor(int number, int most) {
+  for (int d = most; d * 2 > most; --d)
+    if (number % d == 0) return d;
+  return number < most ? number : most;
+}
+constexpr int ROWS_AT_ONCE = REGISTERS >= 32 ? 12 : 6;
+constexpr int tile_rows(int rows) { return best_divisor(rows, ROWS_AT_ONCE); }
+
+// Packed for `multiply`: tiles of R rows, within a tile column after column.
+template <int M, int K>
+void pack(const float* a, ptrdiff_t row_stride, ptrdiff_t column_stride, float* out) {
+  constexpr int R = tile_rows(M);
+  for (int r = 0; r < M; r += R) {
+    int rows = M - r < R ? M - r : R;
+    for (int k = 0; k < K; ++k)
+      for (int i = 0; i < rows; ++i) *out++ = a[(r + i) * row_stride + k * column_stride];
+  }
+}
+
+template <int R, int K, bool BIAS>
+inline void multiply_tile(const float* __restrict a, const float* __restrict bias, const float* __restrict x,
+                          float* __restrict out) {
+  Vec sum[R][VECTORS];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < VECTORS; ++v) sum[r][v] = BIAS ? splat(bias[r]) : Vec{};
+  for (int k = 0; k < K; ++k) {
+    Vec row[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) row[v] = load(x + k * WIDTH + v * LANES);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] += a[k * R + r] * row[v];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < VECTORS; ++v) store(out + r * WIDTH + v * LANES, sum[r][v]);
+}
+
+// out [M, WIDTH] = a [M, K] x [K, WIDTH] + bias, with a packed.
+template <int M, int K, bool BIAS>
+inline void multiply(const float* a, const float* bias, const float* x, float* out) {
+  constexpr int R = tile_rows(M);
+  int r = 0;
+  for (; r + R <= M; r += R) multiply_tile<R, K, BIAS>(a + r * K, bias + r, x, out + r * WIDTH);
+  if constexpr (M % R != 0) multiply_tile<M % R, K, BIAS>(a + r * K, bias + r, x, out + r * WIDTH);
+}
+
+template <int R, int C>
+inline void outer_tile(const float* __restrict a, size_t a_step, const float* __restrict b, size_t b_step, int steps,
+                       float* __restrict sum, int columns) {
+  Vec s[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) s[r][c] = load(sum + (r * columns + c) * LANES);
+  for (int t = 0; t < steps; ++t, a += a_step, b += b_step)
+    for (int v = 0; v < VECTORS; ++v) {
+      Vec right[C];
+      for (int c = 0; c < C; ++c) right[c] = load(b + c * WIDTH + v * LANES);
+      for (int r = 0; r < R; ++r) {
+        Vec left = load(a + r * WIDTH + v * LANES);
+        for (int c = 0; c < C; ++c) s[r][c] += left * right[c];
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(sum + (r * columns + c) * LANES, s[r][c]);
+}
+
+// sum [M, N, LANES] += a [steps, M, WIDTH] x b [steps, N, WIDTH] transposed, lane by lane.
+template <int M, int N>
+void outer(const float* a, size_t a_step, const float* b, size_t b_step, int steps, float* sum) {
+  constexpr int R = best_divisor(M, REGISTERS >= 32 ? 5 : 3), C = best_divisor(N, REGISTERS >= 32 ? 5 : 3);
+  for (int r = 0; r < M; r += R) {
+    int c = 0;
+    const bool whole = r + R <= M;
+    for (; c + C <= N; c += C) {
+      float* part = sum + (size_t(r) * N + c) * LANES;
+      if (whole) outer_tile<R, C>(a + r * WIDTH, a_step, b + c * WIDTH, b_step, steps, part, N);
+      else if constexpr (M % R != 0) outer_tile<M % R, C>(a + r * WIDTH, a_step, b + c * WIDTH, b_step, steps, part, N);
+    }
+    if constexpr (N % C != 0) {
+      float* part = sum + (size_t(r) * N + c) * LANES;
+      if (whole) outer_tile<R, N % C>(a + r * WIDTH, a_step, b + c * WIDTH, b_step, steps, part, N);
+      else if constexpr (M % R != 0)
+        outer_tile<M % R, N % C>(a + r * WIDTH, a_step, b + c * WIDTH, b_step, steps, part, N);
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- the weights
+
+struct Offsets {  // into theta, as floats
+  int dense_weight = 0, dense_bias = 0, weight[LAYERS] = {}, bias[LAYERS] = {}, output_weight = 0, output_bias = 0;
+  int size = 0;
+};
+constexpr Offsets offsets() {
+  Offsets o;
+  if (DENSE) {
+    o.dense_bias = DENSE * FEATURES;
+    o.size = o.dense_bias + DENSE;
+  }
+  for (int l = 0; l < LAYERS; ++l) {
+    o.weight[l] = o.size;
+    o.bias[l] = o.weight[l] + GATES * joined_of(l);
+    o.size = o.bias[l] + GATES;
+  }
+  o.output_weight = o.size;
+  o.output_bias = o.size + HIDDEN;
+  o.size += HIDDEN + 1;
+  return o;
+}
+constexpr Offsets AT = offsets();
+
+constexpr int WIDEST = FIRST > HIDDEN ? FIRST : HIDDEN;
+
+struct Weights {
+  float dense[DENSE * FEATURES + 1], dense_bias[DENSE + 1];
+  float forward[LAYERS][GATES * (WIDEST + HIDDEN)];
+  float bias[LAYERS][GATES];
+  float backward[LAYERS][GATES * (WIDEST + HIDDEN)];
+  float output[HIDDEN], output_bias;
+};
+
+void fill(Weights& w, const float* theta) {
+  if constexpr (DENSE != 0) {
+    pack<DENSE ? DENSE : 1, FEATURES>(theta, FEATURES, 1, w.dense);
+    std::memcpy(w.dense_bias, theta + AT.dense_bias, DENSE * sizeof(float));
+  }
+  float halved[GATES * (WIDEST + HIDDEN)];
+  for (int l = 0; l < LAYERS; ++l) {
+    const float* weight = theta + AT.weight[l];
+    const int joined = joined_of(l);
+    for (int r = 0; r < GATES; ++r) {
+      const float factor = r < 3 * HIDDEN ? 0.5f : 1.0f;
+      for (int k = 0; k < joined; ++k) halved[r * joined + k] = weight[r * joined + k] * factor;
+      w.bias[l][r] = theta[AT.bias[l] + r] * factor;
+    }
+    if (l == 0) {
+      pack<GATES, joined_of(0)>(halved, joined, 1, w.forward[l]);
+      pack<joined_of(0), GATES>(weight, 1, joined, w.backward[l]);
+    } else {
+      pack<GATES, joined_of(1)>(halved, joined, 1, w.forward[l]);
+      pack<joined_of(1), GATES>(weight, 1, joined, w.backward[l]);
+    }
+  }
+  std::memcpy(w.output, theta + AT.output_weight, HIDDEN * sizeof(float));
+  w.output_bias = theta[AT.output_bias];
+}
+
+// ------------------------------------------------------------------------------------------------- what a rule sees
+
+enum Kind { GIVEN = 0, NORMALIZED = 1, LOG_AND_SIGN = 2 };
+
+struct Inputs {
+  int kind;
+  const float* grads;      // [steps, ld], or [steps, FEATURES, ld] where given
+  ptrdiff_t ld;            // from one row to the next
+  const float *m, *v;      // [n], NORMALIZED
+  const float* step;       // [n] or [1]
+  int shared_step;
+  float beta, eps, range;
+  const unsigned char* active;  // [steps, n], GIVEN
+};
+
+struct Averages {  // of one block
+  alignas(64) float m[WIDTH], v[WIDTH], step[WIDTH];
+};
+
+inline void load_row(const float* from, int width, float* to) {
+  if (width == WIDTH) std::memcpy(to, from, WIDTH * sizeof(float));
+  else
+    for (int j = 0; j < WIDTH; ++j) to[j] = j < width ? from[j] : 0.0f;
+}
+inline void store_row(const float* from, int width, float* to) { std::memcpy(to, from, width * sizeof(float)); }
+
+void load_averages(const Inputs& in, ptrdiff_t column, int width, Averages& a) {
+  if (in.kind != NORMALIZED) return;
+  load_row(in.m + column, width, a.m);
+  load_row(in.v + column, width, a.v);
+  for (int j = 0; j < WIDTH; ++j) a.step[j] = in.step[in.shared_step ? 0 : column + (j < width ? j : 0)];
+}
+
+// One step's features [FEATURES, WIDTH] of a block and the mask (1 or 0) of the coordinates that may move; the averages
+// move on.
+void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a, float* __restrict out,
+              float* __restrict active) {
+  if (in.kind == GIVEN) {
+    for (int f = 0; f < FEATURES; ++f)
+      load_row(in.grads + (ptrdiff_t(t) * FEATURES + f) * in.ld + column, width, out + f * WIDTH);
+    for (int j = 0; j < WIDTH; ++j) active[j] = j < width && in.active[t * in.ld + column + j];
+    return;
+  }
+  alignas(64) float g[WIDTH];
+  load_row(in.grads + t * in.ld + column, width, g);
+  if (in.kind == LOG_AND_SIGN) {
+    const float least = std::exp(-in.range), largest = std::exp(in.range);
+    for (int j = 0; j < WIDTH; ++j) {
+      const float size = std::fabs(g[j]);
+      // A gradient that is not a number fails both comparisons and stays what it is.
+      out[j] = size < least ? -1.0f : std::log(size) / in.range;
+      out[WIDTH + j] = size < least ? g[j] * largest : (size > 0 ? std::copysign(1.0f, g[j]) : g[j]);
+      active[j] = g[j] != 0.0f;
+    }
+    return;
+  }
+  alignas(64) float correction[WIDTH];
+  bool same = true;
+  for (int j = 0; j < WIDTH; ++j) {
+    a.step[j] += 1.0f;
+    same = same && a.step[j] == a.step[0];
+  }
+  const float first = 1.0f - std::pow(in.beta, a.step[0]);
+  for (int j = 0; j < WIDTH; ++j) correction[j] = same ? first : 1.0f - std::pow(in.beta, a.step[j]);
+  const float rest = 1.0f - in.beta;
+  for (int j = 0; j < WIDTH; ++j) {
+    const float m = a.m[j] * in.beta + g[j] * rest;
+    const float v = a.v[j] * in.beta + g[j] * g[j] * rest;
+    a.m[j] = m;
+    a.v[j] = v;
+    const bool idle = v <= 0.0f;  // not a number counts as active, and shows in the update
+    const float scale = 1.0f / (std::sqrt(idle ? 1.0f : v / correction[j]) + in.eps);
+    out[j] = g[j] * scale;
+    out[WIDTH + j] = m / correction[j] * scale;
+    active[j] = idle ? 0.0f : 1.0f;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ one block
+
+// The dense layer, written to rows 0 … DENSE - 1 of the first layer's joined inputs.
+inline void dense(const Weights& w, const float* x, float* out) {
+  if constexpr (DENSE != 0) {
+    multiply<DENSE ? DENSE : 1, FEATURES, true>(w.dense, w.dense_bias, x, out);
+    for (int i = 0; i < DENSE * WIDTH; i += LANES) store(out + i, elu(load(out + i)));
+  } else {
+    std::memcpy(out, x, FEATURES * WIDTH * sizeof(float));
+  }
+}
+
+// Activates gates [4·HIDDEN, WIDTH] in place; new cells, their tanh, and hidden units, each [HIDDEN, WIDTH].
+inline void cell(float* __restrict gates, const float* before, float* after, float* tanh_cell, float* hidden) {
+  for (int i = 0; i < HIDDEN * WIDTH; i += LANES) {
+    float *in = gates + i, *forget = in + HIDDEN * WIDTH, *out = forget + HIDDEN * WIDTH,
+          *candidate = out + HIDDEN * WIDTH;
+    const Vec a = sigmoid_of_twice(load(in)), f = sigmoid_of_twice(load(forget)), o = sigmoid_of_twice(load(out)),
+              g = tanh_(load(candidate));
+    const Vec c = f * load(before + i) + a * g;
+    const Vec th = tanh_(c);
+    store(in, a);
+    store(forget, f);
+    store(out, o);
+    store(candidate, g);
+    store(after + i, c);
+    store(tanh_cell + i, th);
+    store(hidden + i, o * th);
+  }
+}
+
+inline void read_out(const Weights& w, const float* top, float* out) {
+  for (int v = 0; v < VECTORS; ++v) {
+    Vec y = splat(w.output_bias);
+    for (int h = 0; h < HIDDEN; ++h) y += w.output[h] * load(top + h * WIDTH + v * LANES);
+    if (OUTPUT_TANH) y = smaller(larger(tanh_(y), splat(-1.0f)), splat(1.0f));
+    store(out + v * LANES, y);
+  }
+}
+
+struct StepScratch {
+  alignas(64) float joined[LAYERS][(WIDEST + HIDDEN) * WIDTH], gates[GATES * WIDTH], cells[HIDDEN * WIDTH],
+      tanh_cell[HIDDEN * WIDTH], top[HIDDEN * WIDTH], x[FEATURES * WIDTH], active[WIDTH], out[WIDTH];
+  Averages averages;
+};
+
+struct State {  // hidden and cells [LAYERS, HIDDEN, n], averages [n]
+  float *hidden, *cells, *m, *v;
+};
+
+// `after` may be where the state is read from.
+void step_block(const Weights& w, const Inputs& in, const float* hidden, const float* cells, const State& after,
+                ptrdiff_t ld, ptrdiff_t column, int width, float scale, float* update, StepScratch& s) {
+  load_averages(in, column, width, s.averages);
+  features(in, 0, column, width, s.averages, s.x, s.active);
+  if (in.kind == NORMALIZED) {
+    store_row(s.averages.m, width, after.m + column);
+    store_row(s.averages.v, width, after.v + column);
+  }
+  dense(w, s.x, s.joined[0]);
+  for (int l = 0; l < LAYERS; ++l) {
+    float* recurrent = s.joined[l] + inputs_of(l) * WIDTH;
+    for (int h = 0; h < HIDDEN; ++h) {
+      const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
+      load_row(hidden + at, width, recurrent + h * WIDTH);
+      load_row(cells + at, width, s.cells + h * WIDTH);
+      __builtin_prefetch(hidden + at + WIDTH);
+      __builtin_prefetch(cells + at + WIDTH);
+    }
+    if (l == 0) multiply<GATES, joined_of(0), true>(w.forward[l], w.bias[l], s.joined[l], s.gates);
+    else multiply<GATES, joined_of(1), true>(w.forward[l], w.bias[l], s.joined[l], s.gates);
+    float* above = l + 1 < LAYERS ? s.joined[l + 1] : s.top;
+    cell(s.gates, s.cells, s.cells, s.tanh_cell, above);
+    for (int h = 0; h < HIDDEN; ++h) {
+      const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
+      store_row(above + h * WIDTH, width, after.hidden + at);
+      store_row(s.cells + h * WIDTH, width, after.cells + at);
+    }
+  }
+  read_out(w, s.top, s.out);
+  for (int j = 0; j < WIDTH; ++j) s.out[j] = s.active[j] != 0.0f ? s.out[j] * scale : 0.0f;
+  store_row(s.out, width, update + column);
+}
+
+// Sums over coordinates, one for every lane until the end.
+struct Sums {
+  alignas(64) float dense[(DENSE * FEATURES + 1) * LANES], dense_bias[(DENSE + 1) * LANES];
+  alignas(64) float weight[LAYERS][GATES * (WIDEST + HIDDEN) * LANES], bias[LAYERS][GATES * LANES];
+  alignas(64) float output[(HIDDEN + 1) * LANES];
+};
+
+// The rows of a run of steps that one block keeps; sizes in floats.
+struct Tape {
+  float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *active;
+  static size_t floats(int steps) {
+    const size_t t = steps;
+    size_t rows = t * FEATURES + (t + 1) * HIDDEN + 2 * t;
+    for (int l = 0; l < LAYERS; ++l) rows += (t + 1) * joined_of(l) + t * GATES + (t + 1) * HIDDEN + t * HIDDEN;
+    return rows * WIDTH;
+  }
+  Tape(float* p, int steps) {
+    const size_t t = steps;
+    auto take = [&p](size_t rows) {
+      float* start = p;
+      p += rows * WIDTH;
+      return start;
+    };
+    x = take(t * FEATURES);
+    top = take((t + 1) * HIDDEN);
+    y = take(t);
+    active = take(t);
+    for (int l = 0; l < LAYERS; ++l) {
+      joined[l] = take((t + 1) * joined_of(l));
+      gates[l] = take(t * GATES);
+      cells[l] = take((t + 1) * HIDDEN);
+      tanh_cell[l] = take(t * HIDDEN);
+    }
+  }
+};
+
+// Runs a block through steps slot … slot + steps - 1 of the tape again.
+void replay(const Weights& w, const Inputs& in, const float* hidden, const float* cells, ptrdiff_t ld, ptrdiff_t column,
+            int width, int slot, int steps, Tape& tape) {
+  Averages averages;
+  load_averages(in, column, width, averages);
+  for (int l = 0; l < LAYERS; ++l)
+    for (int h = 0; h < HIDDEN; ++h) {
+      const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
+      load_row(hidden + at, width, tape.joined[l] + (slot * joined_of(l) + inputs_of(l) + h) * WIDTH);
+      load_row(cells + at, width, tape.cells[l] + (slot * HIDDEN + h) * WIDTH);
+    }
+  for (int t = slot; t < slot + steps; ++t) {
+    float* x = tape.x + t * FEATURES * WIDTH;
+    features(in, t - slot, column, width, averages, x, tape.active + t * WIDTH);
+    dense(w, x, tape.joined[0] + t * joined_of(0) * WIDTH);
+    for (int l = 0; l < LAYERS; ++l) {
+      float *joined = tape.joined[l] + t * joined_of(l) * WIDTH, *gates = tape.gates[l] + t * GATES * WIDTH;
+      if (l == 0) multiply<GATES, joined_of(0), true>(w.forward[l], w.bias[l], joined, gates);
+      else multiply<GATES, joined_of(1), true>(w.forward[l], w.bias[l], joined, gates);
+      float* next = joined + (joined_of(l) + inputs_of(l)) * WIDTH;  // the next step's recurrent rows
+      cell(gates, tape.cells[l] + t * HIDDEN * WIDTH, tape.cells[l] + (t + 1) * HIDDEN * WIDTH,
+           tape.tanh_cell[l] + t * HIDDEN * WIDTH, next);
+      float* above = l + 1 < LAYERS ? tape.joined[l + 1] + t * joined_of(l + 1) * WIDTH : tape.top + t * HIDDEN * WIDTH;
+      std::memcpy(above, next, HIDDEN * WIDTH * sizeof(float));
+    }
+    read_out(w, tape.top + t * HIDDEN * WIDTH, tape.y + t * WIDTH);
+  }
+}
+
+// Derivatives with respect to what a run starts from and is given; null where nobody asks.
+struct Outward {
+  const float *hidden_in, *cells_in;  // of the state after the run [LAYERS, HIDDEN, ld], or null for zero
+  float *hidden_out, *cells_out;      // of the state before it, or null; may be the same places
+  float* x_out;                       // of the features [steps, FEATURES, ld], or null
+};
+
+// Back through the same steps; gates on the tape become the derivatives with respect to what they are activated from.
+void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int summed, const Outward& outward,
+          ptrdiff_t ld, ptrdiff_t column, int width, int slot, int steps, float scale, Tape& tape, Sums& sums) {
+  alignas(64) float d_hidden[LAYERS][HIDDEN * WIDTH], d_cell[LAYERS][HIDDEN * WIDTH], d_above[HIDDEN * WIDTH],
+      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH];
+  for (int l = 0; l < LAYERS; ++l)
+    for (int h = 0; h < HIDDEN; ++h) {
+      const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
+      if (outward.hidden_in) {
+        load_row(outward.hidden_in + at, width, d_hidden[l] + h * WIDTH);
+        load_row(outward.cells_in + at, width, d_cell[l] + h * WIDTH);
+      } else {
+        std::memset(d_hidden[l] + h * WIDTH, 0, WIDTH * sizeof(float));
+        std::memset(d_cell[l] + h * WIDTH, 0, WIDTH * sizeof(float));
+      }
+    }
+  std::memset(later, 0, sizeof later);
+  for (int t = slot + steps - 1; t >= slot; --t) {
+    load_row(cotangents + (t - slot) * cotangent_ld + column, width, row);
+    float *y = tape.y + t * WIDTH, *active = tape.active + t * WIDTH;
+    const float* top = tape.top + t * HIDDEN * WIDTH;
+    for (int j = 0; j < WIDTH; ++j) {
+      later[j] = summed ? later[j] + row[j] : row[j];
+      float d = active[j] != 0.0f ? later[j] * scale : 0.0f;
+      if (OUTPUT_TANH) d *= 1.0f - y[j] * y[j];
+      y[j] = d;  // from here on, the derivative with respect to the read-out
+    }
+    for (int h = 0; h <= HIDDEN; ++h) {
+      Vec s = load(sums.output + h * LANES);
+      for (int v = 0; v < VECTORS; ++v) {
+        const Vec d = load(y + v * LANES);
+        s += h < HIDDEN ? d * load(top + h * WIDTH + v * LANES) : d;
+      }
+      store(sums.output + h * LANES, s);
+    }
+    for (int h = 0; h < HIDDEN; ++h)
+      for (int v = 0; v < VECTORS; ++v)
+        store(d_above + h * WIDTH + v * LANES, w.output[h] * load(y + v * LANES));
+    for (int l = LAYERS - 1; l >= 0; --l) {
+      float *gates = tape.gates[l] + t * GATES * WIDTH, *th = tape.tanh_cell[l] + t * HIDDEN * WIDTH;
+      const float* before = tape.cells[l] + t * HIDDEN * WIDTH;
+      for (int i = 0; i < HIDDEN * WIDTH; i += LANES) {
+        float *pa = gates + i, *pf = pa + HIDDEN * WIDTH, *po = pf + HIDDEN * WIDTH, *pg = po + HIDDEN * WIDTH;
+        const Vec a = load(pa), f = load(pf), o = load(po), g = load(pg), tc = load(th + i);
+        const Vec dh = load(d_hidden[l] + i) + load(d_above + i);
+        const Vec dc = load(d_cell[l] + i) + dh * o * (1.0f - tc * tc);
+        store(pa, dc * g * a * (1.0f - a));
+        store(pf, dc * load(before + i) * f * (1.0f - f));
+        store(po, dh * tc * o * (1.0f - o));
+        store(pg, dc * a * (1.0f - g * g));
+        store(d_cell[l] + i, dc * f);
+      }
+      if (l == 0) multiply<joined_of(0), GATES, false>(w.backward[l], w.bias[l], gates, d_joined);
+      else multiply<joined_of(1), GATES, false>(w.backward[l], w.bias[l], gates, d_joined);
+      std::memcpy(d_hidden[l], d_joined + inputs_of(l) * WIDTH, HIDDEN * WIDTH * sizeof(float));
+      if (l) std::memcpy(d_above, d_joined, HIDDEN * WIDTH * sizeof(float));
+    }
+    float* d_x = d_joined;
+    alignas(64) float through_dense[FEATURES * WIDTH];
+    if constexpr (DENSE != 0) {
+      const float *activated = tape.joined[0] + t * joined_of(0) * WIDTH, *x = tape.x + t * FEATURES * WIDTH;
+      for (int i = 0; i < DENSE * WIDTH; i += LANES) {
+        const Vec e = load(activated + i);
+        store(d_joined + i, load(d_joined + i) * (e > 0.0f ? splat(1.0f) : e + 1.0f));
+      }
+      outer<DENSE ? DENSE : 1, FEATURES>(d_joined, 0, x, 0, 1, sums.dense);
+      for (int h = 0; h < DENSE; ++h) {
+        Vec s = load(sums.dense_bias + h * LANES);
+        for (int v = 0; v < VECTORS; ++v) s += load(d_joined + h * WIDTH + v * LANES);
+        store(sums.dense_bias + h * LANES, s);
+      }
+      if (outward.x_out) {
+        constexpr int R = tile_rows(DENSE ? DENSE : 1);
+        for (int f = 0; f < FEATURES; ++f)
+          for (int v = 0; v < VECTORS; ++v) {
+            Vec s = {};
+            for (int h = 0; h < DENSE; ++h) {
+              const int tile = h / R * R, rows = DENSE - tile < R ? DENSE - tile : R;
+              s += w.dense[tile * FEATURES + f * rows + h - tile] * load(d_joined + h * WIDTH + v * LANES);
+            }
+            store(through_dense + f * WIDTH + v * LANES, s);
+          }
+        d_x = through_dense;
+      }
+    }
+    if (outward.x_out)
+      for (int f = 0; f < FEATURES; ++f)
+        store_row(d_x + f * WIDTH, width, outward.x_out + (ptrdiff_t(t - slot) * FEATURES + f) * ld + column);
+  }
+  if (outward.hidden_out)
+    for (int l = 0; l < LAYERS; ++l)
+      for (int h = 0; h < HIDDEN; ++h) {
+        const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
+        store_row(d_hidden[l] + h * WIDTH, width, outward.hidden_out + at);
+        store_row(d_cell[l] + h * WIDTH, width, outward.cells_out + at);
+      }
+}
+
+// What `back` left in the first `steps` slots of the tape, added to the sums over coordinates.
+void accumulate(const Tape& tape, int steps, Sums& sums) {
+  for (int l = 0; l < LAYERS; ++l) {
+    if (l == 0)
+      outer<GATES, joined_of(0)>(tape.gates[l], GATES * WIDTH, tape.joined[l], joined_of(0) * WIDTH, steps,
+                                 sums.weight[l]);
+    else
+      outer<GATES, joined_of(1)>(tape.gates[l], GATES * WIDTH, tape.joined[l], joined_of(1) * WIDTH, steps,
+                                 sums.weight[l]);
+    for (int r = 0; r < GATES; ++r) {
+      Vec s = load(sums.bias[l] + r * LANES);
+      for (int t = 0; t < steps; ++t)
+        for (int v = 0; v < VECTORS; ++v) s += load(tape.gates[l] + (t * GATES + r) * WIDTH + v * LANES);
+      store(sums.bias[l] + r * LANES, s);
+    }
+  }
+}
+
+void reduce(const float* from, int count, float* to) {
+  for (int i = 0; i < count; ++i) {
+    float s = 0.0f;
+    for (int j = 0; j < LANES; ++j) s += from[i * LANES + j];
+    to[i] = s;
+  }
+}
+
+void reduce(const Sums& sums, float* out) {  // [AT.size]
+  if (DENSE) {
+    reduce(sums.dense, DENSE * FEATURES, out + AT.dense_weight);
+    reduce(sums.dense_bias, DENSE, out + AT.dense_bias);
+  }
+  for (int l = 0; l < LAYERS; ++l) {
+    reduce(sums.weight[l], GATES * joined_of(l), out + AT.weight[l]);
+    reduce(sums.bias[l], GATES, out + AT.bias[l]);
+  }
+  reduce(sums.output, HIDDEN + 1, out + AT.output_weight);
+}
+
+constexpr size_t ALIGNMENT = 64;
+constexpr int GROUPS = 32;          // of blocks, at most: what threads share out among themselves
+constexpr long GROUP_STEPS = 192;   // blocks x steps that make the sums of one more group worth their while
+constexpr int SLOTS = 16;           // blocks that a single step keeps on the tape before they are added up
+
+template <typename T>
+T* aligned(size_t count) {
+  const size_t bytes = (count * sizeof(T) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+  return static_cast<T*>(std::aligned_alloc(ALIGNMENT, bytes));
+}
+
+}  // namespace
+
+extern "C" {
+
+int lstm_theta_size() { return AT.size; }
+
+// One step of `sets` optimizers, each with `per_set` coordinates of its own: theta [sets, theta_size], state and grads
+// [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Returns 0, or 1
+// without memory.
+int lstm_step(const float* theta, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
+              const float* step, int shared_step, float beta, float eps, float range, const float* hidden,
+              const float* cells, float* m_out, float* v_out, float* hidden_out, float* cells_out, float scale,
+              float* update, int threads) {
+  const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
+  Weights* weights = aligned<Weights>(sets);
+  if (!weights) return 1;
+  const Inputs in{kind, grads, n, m, v, step, shared_step, beta, eps, range, nullptr};
+  const State after{hidden_out, cells_out, m_out, v_out};
+#pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
+  {
+    StepScratch scratch;
+#pragma omp for schedule(static)
+    for (long s = 0; s < sets; ++s) fill(weights[s], theta + s * AT.size);
+#pragma omp for schedule(static)
+    for (long b = 0; b < sets * blocks; ++b) {
+      const long set = b / blocks, start = b % blocks * WIDTH;
+      const int width = per_set - start < WIDTH ? int(per_set - start) : WIDTH;
+      step_block(weights[set], in, hidden, cells, after, n, set * per_set + start, width, scale, update, scratch);
+    }
+  }
+  std::free(weights);
+  return 0;
+}
+
+// Back through `steps` steps of n coordinates with one theta. Row t of grads and cotangents starts t * ld floats further
+// on; state rows are state_ld apart. With `summed` the cotangent of an update is the sum of its row and all later
+// ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.
+int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
+                  const float* v, const float* step, int shared_step, float beta, float eps, float range,
+                  const unsigned char* active, const float* hidden, const float* cells, long state_ld,
+                  const float* cotangents, long cotangent_ld, int summed, const float* hidden_in, const float* cells_in,
+                  float* hidden_out, float* cells_out, float* x_out, float scale, float* theta_grads, int threads) {
+  const long blocks = (n + WIDTH - 1) / WIDTH, wanted = blocks * steps / GROUP_STEPS;
+  const long most = blocks < GROUPS ? blocks : GROUPS, groups = wanted < 1 ? 1 : wanted < most ? wanted : most;
+  const int slots = steps == 1 ? SLOTS : steps;
+  Weights* weights = aligned<Weights>(1);
+  float* parts = aligned<float>(size_t(groups) * AT.size);
+  int failed = !weights || !parts;
+  if (!failed) {
+    fill(*weights, theta);
+    const Inputs in{kind, grads, ld, m, v, step, shared_step, beta, eps, range, active};
+    const Outward outward{hidden_in, cells_in, hidden_out, cells_out, x_out};
+#pragma omp parallel num_threads(threads) if (threads > 1 && groups > 1)
+    {
+      float* memory = aligned<float>(Tape::floats(slots));
+      Sums* sums = aligned<Sums>(1);
+      if (!memory || !sums) {
+#pragma omp atomic write
+        failed = 1;
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (long g = 0; g < groups; ++g) {
+        if (!memory || !sums) continue;
+        std::memset(sums, 0, sizeof(Sums));
+        Tape tape(memory, slots);
+        int slot = 0;
+        for (long b = blocks * g / groups; b < blocks * (g + 1) / groups; ++b) {
+          const long start = b * WIDTH;
+          const int width = n - start < WIDTH ? int(n - start) : WIDTH;
+          replay(*weights, in, hidden, cells, state_ld, start, width, slot, steps, tape);
+          back(*weights, cotangents, cotangent_ld, summed, outward, state_ld, start, width, slot, steps, scale, tape,
+               *sums);
+          slot += steps;
+          if (slot + steps > slots) {
+            accumulate(tape, slot, *sums);
+            slot = 0;
+          }
+        }
+        if (slot) accumulate(tape, slot, *sums);
+        reduce(*sums, parts + g * AT.size);
+      }
+      std::free(memory);
+      std::free(sums);
+    }
+    std::memset(theta_grads, 0, AT.size * sizeof(float));
+    for (long g = 0; g < groups && !failed; ++g)
+      for (int i = 0; i < AT.size; ++i) theta_grads[i] += parts[g * AT.size + i];
+  }
+  std::free(weights);
+  std::free(parts);
+  return failed;
+}
+
+}  // extern "C"
