@@ -295,10 +295,9 @@ def test_evaluation_imports_without_matplotlib_and_says_what_to_install():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "import learned_opt.evaluation\n"
-        "from learned_opt.evaluation import Comparison, plots\n"
+        "from learned_opt.evaluation import explain_plots, plots, report, style, suite_plots\n"
         "try:\n"
-        "    plots.draw_curves(Comparison(families={}, optimizers=(), reference='', num_tasks=1, seeds=(0,),"
-        " confidence=0.95, results=()))\n"
+        "    style.new_figure(1, 1)\n"
         "except ModuleNotFoundError as error:\n"
         "    print(error)\n"
     )

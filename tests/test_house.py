@@ -20,8 +20,10 @@ EXTRAS = (
     "accelerate",
     "lightning",
     "matplotlib",
+    "prodigyopt",
     "pydantic",
     "rich",
+    "schedulefree",
     "scipy",
     "sklearn",
     "transformers",
@@ -90,7 +92,11 @@ def under(module: str, *packages: str) -> bool:
 
 
 def ours(modules: set[str]) -> set[str]:
-    return {name for name in modules if under(name, "learned_opt", "tasks", "benchmarks", "tests", "train_optimizer")}
+    return {
+        name
+        for name in modules
+        if under(name, "learned_opt", "tasks", "benchmarks", "tests", "train_optimizer", "evaluate_optimizer")
+    }
 
 
 def test_the_parser_sees_what_is_there():
@@ -197,7 +203,7 @@ def test_no_import_cycles():
 
 # Inner steps: a gradient of a task's loss together with one application of an update rule.
 # `optimizer`, `coordinates` and `traced` are the drop-in optimizer's step; exact backprop and imitation replay the
-# rule over steps that the unroll has taken.
+# rule over steps that the unroll has taken; `evaluation.replay` feeds it gradients that belong to no task.
 STEPPERS = (
     "learned_opt.rules",
     "learned_opt.unroll",
@@ -206,6 +212,7 @@ STEPPERS = (
     "learned_opt.traced",
     "learned_opt.estimators.backprop",
     "learned_opt.estimators.imitation",
+    "learned_opt.evaluation.replay",
 )
 
 

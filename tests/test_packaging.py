@@ -26,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("wheel")
     source = target / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "train_optimizer.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "train_optimizer.py", "evaluate_optimizer.py"):
         shutil.copy(ROOT / name, source)
     # Everything that stands beside the packages comes too: it must stay out of the wheel.
     for folder in (ROOT / name for name in (*PACKAGES, "tests", "benchmarks")):
@@ -70,7 +70,7 @@ def test_wheel_holds_every_module_of_both_packages(names):
     }
     assert {"learned_opt/py.typed", "tasks/py.typed", "learned_opt/unroll.py", "tasks/data/__init__.py"} <= wanted
     assert not wanted - names
-    assert "train_optimizer.py" in names
+    assert {"train_optimizer.py", "evaluate_optimizer.py"} <= names
 
 
 def test_wheel_holds_nothing_else(names):
@@ -78,13 +78,17 @@ def test_wheel_holds_nothing_else(names):
     assert {top for top in tops if not re.fullmatch(r"learned_opt-[\d.]+\.dist-info", top)} == {
         *PACKAGES,
         "train_optimizer.py",
+        "evaluate_optimizer.py",
     }
 
 
 def test_wheel_has_the_console_command_and_the_licence(unpacked):
     scripts = configparser.ConfigParser()
     scripts.read_string(read_metadata(unpacked, "entry_points.txt"))
-    assert dict(scripts["console_scripts"]) == {"learned-opt-train": "train_optimizer:main"}
+    assert dict(scripts["console_scripts"]) == {
+        "learned-opt-train": "train_optimizer:main",
+        "learned-opt-evaluate": "evaluate_optimizer:main",
+    }
     assert "Apache License" in read_metadata(unpacked, "licenses/LICENSE")
     metadata = email.message_from_string(read_metadata(unpacked, "METADATA"))
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -96,7 +100,7 @@ def test_core_dependencies_are_three(unpacked):
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
     assert {item.name for item in requirements if item.marker is None} == {"numpy", "safetensors", "torch"}
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"all", "dev", "eval", "integrations", "train"}
+    assert extras == {"all", "baselines", "dev", "eval", "integrations", "train"}
     named = {extra for item in requirements if item.name == "learned-opt" for extra in item.extras}
     assert named <= extras, "an extra refers to another one that does not exist"
 

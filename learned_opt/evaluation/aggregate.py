@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from learned_opt.evaluation.metrics import Array, Interval
-from learned_opt.evaluation.results import Comparison, Result
+from learned_opt.evaluation.results import Comparison, Result, format_cell, format_line, format_number
 
 Strata = Sequence[npt.ArrayLike]
 """One vector per family: a number for each of its tasks."""
@@ -272,3 +272,21 @@ def wall_factor(mine: Result, reference: Result) -> float | None:
     if mine.cost is None or reference.cost is None or not math.isfinite(mine.cost.total):
         return None
     return reference.cost.total / mine.cost.total
+
+
+def totals_table(sums: Sequence[Total], reference: str) -> str:
+    """The totals as aligned plain text, the fastest first; empty where there are none."""
+    if not sums:
+        return ""
+    timed = any(total.wall_speedup for total in sums)
+    header = ["over all families", "speed-up", *(["in time"] if timed else []), "final / " + reference]
+    header += ["slowest family", "diverged"]
+    rows = []
+    for total in sorted(sums, key=lambda one: -one.speedup.value):
+        intervals = [total.speedup, *([total.wall_speedup] if timed else []), total.final_ratio]
+        rows.append([total.optimizer, *(format_cell(one, 3, True) for one in intervals)])
+        rows[-1] += [f"{format_number(total.worst_speedup, 2)} {total.worst_family}"]
+        rows[-1] += [f"{total.num_diverged}/{total.num_tasks}"]
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    lines = [format_line(row, widths) for row in [header, *rows]]
+    return "\n".join([*lines, f"Interquartile means over {sums[0].num_tasks} tasks, relative to tuned {reference}."])

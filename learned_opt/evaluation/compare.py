@@ -20,6 +20,7 @@ from learned_opt.evaluation.metrics import Array
 from learned_opt.evaluation.results import Comparison, Cost, Result
 from learned_opt.evaluation.runs import DEFAULT_PARTICLES_AT_ONCE, Runs, run_rule
 from learned_opt.evaluation.scoring import score
+from learned_opt.initial_params import flat_params
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import TaskFamily, Tensors
 
@@ -37,11 +38,14 @@ class Learned:
         name: its label.
         rule: the update rule.
         theta: its meta-parameters.
+        initial_params: label of a family -> learned initial parameters by name, which its tasks start from; those of
+            other families start where the family starts them, as they do for baselines.
     """
 
     name: str
     rule: UpdateRule
     theta: Tensors
+    initial_params: Mapping[str, Tensors] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -229,7 +233,7 @@ def _result(
         note="",
     )
     try:
-        tuning, runs = _run(candidate, program, config, horizon, cache)
+        tuning, runs = _run(label, candidate, program, config, horizon, cache)
         result = dataclasses.replace(result, tuning=tuning, note=tuning.note if tuning else "")
         if runs is None:
             return result, None
@@ -244,10 +248,16 @@ def _result(
 
 
 def _run(
-    candidate: Candidate, batched: BatchedFamily, config: EvaluationConfig, horizon: int, cache: RunCache | None
+    label: str,
+    candidate: Candidate,
+    batched: BatchedFamily,
+    config: EvaluationConfig,
+    horizon: int,
+    cache: RunCache | None,
 ) -> tuple[Tuning | None, Runs | None]:
     """A baseline's tuning, and losses [horizon + 1, tasks] and metrics [tasks] over all seeds' meta-test tasks."""
     if isinstance(candidate, Learned):
+        initial = {n: params for n, params in candidate.initial_params.items() if n == label}
 
         def compute() -> Runs:
             return run_rule(
@@ -259,12 +269,13 @@ def _run(
                 num_tasks=config.num_tasks,
                 horizon=horizon,
                 particles_at_once=config.particles_at_once,
+                initial_params=flat_params(label, initial[label], batched) if initial else None,
             )
 
         if cache is None:
             return None, compute()
         kind, settings = candidate.rule.kind, candidate.rule.settings()
-        what = learned_name(kind, settings, content_hash(kind, settings, candidate.theta))
+        what = learned_name(kind, settings, content_hash(kind, settings, candidate.theta, initial))
         return None, cache.run(batched, what, "meta_test", config.seeds, config.num_tasks, horizon, compute)
     tuning = tune(
         candidate,

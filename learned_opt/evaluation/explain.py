@@ -36,7 +36,7 @@ from learned_opt.task import TaskFamily, Tensors
 from learned_opt.unroll import inner_steps, learned_move
 
 _WARM_UP = 60
-_SIGNAL_STEPS, _EVENT = 100, 50
+_SIGNAL_STEPS, EVENT = 100, 50
 _SPIKE = 30.0
 
 
@@ -214,8 +214,8 @@ def signals(scale: float = 1.0, seed: int = 0) -> dict[str, Array]:
     noise = np.random.default_rng(seed).normal(size=_SIGNAL_STEPS)
     found = {
         "constant gradient": np.ones(_SIGNAL_STEPS),
-        "sign flip": np.where(steps < _EVENT, 1.0, -1.0),
-        f"spike, {_SPIKE:g} times": np.where(steps == _EVENT, _SPIKE, 1.0),
+        "sign flip": np.where(steps < EVENT, 1.0, -1.0),
+        f"spike, {_SPIKE:g} times": np.where(steps == EVENT, _SPIKE, 1.0),
         "noise alone": noise / np.sqrt((noise**2).mean()),
     }
     return {name: scale * signal for name, signal in found.items()}

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from learned_opt.evaluation.results import Comparison, Result
+from learned_opt.evaluation.style import FAINT as _FAINT
+from learned_opt.evaluation.style import INK as _INK
+from learned_opt.evaluation.style import Style, new_figure, plain_ticks, styles, tidy
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's palette, told apart with every common colour blindness; dashes tell curves apart in black and white.
-_LEARNED_COLOURS = ("#D55E00", "#000000", "#E69F00")
-_REFERENCE_COLOUR = "#0072B2"
-_BASELINE_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#999999", "#F0E442")
-_DASHES = ((0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-_INK, _FAINT = "#333333", "#8A8A8A"
 
 _PANEL_WIDTH, _PANEL_HEIGHT, _LEGEND_HEIGHT = 3.9, 2.9, 0.75
 _MAX_COLUMNS = 3
@@ -57,11 +52,6 @@ def save_curves(comparison: Comparison, path: str | Path, *, svg: bool = False) 
 
 def draw_curves(comparison: Comparison) -> Figure:
     """The figure that `save_curves` writes."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('pictures need matplotlib: pip install "learned-opt[eval]"') from error
     panels = {
         family: [result for result in comparison.ordered() if result.family == family] for family in comparison.families
     }
@@ -71,12 +61,11 @@ def draw_curves(comparison: Comparison) -> Figure:
     num_columns = min(len(panels), _MAX_COLUMNS)
     num_rows = math.ceil(len(panels) / num_columns)
     size = (_PANEL_WIDTH * num_columns, _PANEL_HEIGHT * num_rows + _LEGEND_HEIGHT)
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    styles = _styles(comparison)
+    figure = new_figure(*size)
+    looks = styles(comparison)
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for i, (panel, (family, results)) in enumerate(zip(axes, panels.items())):
-        _draw_panel(panel, comparison, family, results, styles)
+        _draw_panel(panel, comparison, family, results, looks)
         if i % num_columns == 0:
             panel.set_ylabel("loss", color=_INK)
         if i + num_columns >= len(panels):
@@ -88,35 +77,31 @@ def draw_curves(comparison: Comparison) -> Figure:
     return figure
 
 
-@dataclasses.dataclass(frozen=True)
-class _Style:
-    colour: str
-    dashes: Literal["-"] | tuple[float, tuple[float, ...]]
-    width: float
-    order: int
+def draw_family(comparison: Comparison, family: str) -> Figure:
+    """One family's panel alone, without a legend; bands for the learned optimizers and the reference only.
 
-
-def _styles(comparison: Comparison) -> dict[str, _Style]:
-    """Colour, dashes and weight of every optimizer: learned ones solid, heavy and in front; the reference solid."""
-    learned = {result.optimizer for result in comparison.results if result.learned}
-    out: dict[str, _Style] = {}
-    num_learned = num_others = 0
-    for name in comparison.optimizers:
-        if name in learned:
-            colour = _LEARNED_COLOURS[num_learned % len(_LEARNED_COLOURS)]
-            out[name] = _Style(colour, "-", 2.4, 5)
-            num_learned += 1
-        elif name == comparison.reference:
-            out[name] = _Style(_REFERENCE_COLOUR, "-", 1.6, 4)
-        else:
-            colour = _BASELINE_COLOURS[num_others % len(_BASELINE_COLOURS)]
-            out[name] = _Style(colour, _DASHES[num_others % len(_DASHES)], 1.4, 3)
-            num_others += 1
-    return out
+    Raises:
+        ValueError: the family has no results.
+    """
+    results = [result for result in comparison.ordered() if result.family == family]
+    if not results:
+        raise ValueError(f"the family {family!r} has no results to draw")
+    figure = new_figure(_PANEL_WIDTH, _PANEL_HEIGHT)
+    panel = figure.subplots()
+    banded = {r.optimizer for r in results if r.learned or r.optimizer == comparison.reference}
+    _draw_panel(panel, comparison, "", results, styles(comparison), banded)
+    panel.set_ylabel("loss", color=_INK)
+    panel.set_xlabel("inner step", color=_INK)
+    return figure
 
 
 def _draw_panel(
-    panel: Axes, comparison: Comparison, family: str, results: list[Result], styles: dict[str, _Style]
+    panel: Axes,
+    comparison: Comparison,
+    family: str,
+    results: list[Result],
+    looks: dict[str, Style],
+    banded: set[str] | None = None,
 ) -> None:
     shown: list[float] = []
     start = 0.0
@@ -125,8 +110,11 @@ def _draw_panel(
             continue
         curve = result.scores.curve
         middle, low, high = (_finite(line) for line in (curve.median, curve.low, curve.high))
-        style = styles[result.optimizer]
-        panel.fill_between(curve.steps, low, high, color=style.colour, alpha=0.18, linewidth=0, zorder=style.order - 2)
+        style = looks[result.optimizer]
+        if banded is None or result.optimizer in banded:
+            panel.fill_between(
+                curve.steps, low, high, color=style.colour, alpha=0.18, linewidth=0, zorder=style.order - 2
+            )
         panel.plot(
             curve.steps,
             middle,
@@ -148,29 +136,14 @@ def _draw_panel(
         bottom = max(min((value for value in shown if value > 0), default=top), top / _WIDEST_RANGE)
         panel.set_yscale("log")
         panel.set_ylim(bottom / 1.25, top * 1.25)
-        _plain_ticks(panel, top / bottom)
+        plain_ticks(panel, top / bottom)
     elif top < max(shown):
         panel.set_ylim(min(shown) - 0.05 * (top - min(shown)), top)
     panel.set_xlim(0, max(result.horizon for result in results))
     summary = _summary(comparison, results)
     if summary:
         panel.set_title(summary, loc="right", fontsize=8, color=_FAINT)
-    panel.grid(True, which="major", color="#E6E6E6", linewidth=0.7)
-    panel.set_axisbelow(True)
-    panel.tick_params(which="both", colors=_INK, labelsize=8.5, length=3)
-    panel.tick_params(which="minor", length=0)
-    for side, spine in panel.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#BBBBBB")
-
-
-def _plain_ticks(panel: Axes, span: float) -> None:
-    """Plain numbers on a logarithmic axis: every decade, with 2 and 5 in between where it covers little."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0,)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
+    tidy(panel)
 
 
 def _summary(comparison: Comparison, results: list[Result]) -> str:

@@ -198,12 +198,12 @@ class Comparison:
         """
         header, rows = self.header()[1:], self.rows(wide=wide)
         widths = [max(len(name), *(len(row[i]) for row in rows), 0) for i, name in enumerate(header, start=1)]
-        lines = ["  " + _line(header, widths)]
+        lines = ["  " + format_line(header, widths)]
         family = None
         for row in rows:
             if row[0] != family:
                 lines += ["", row[0]]
-            lines.append("  " + _line(row[1:], widths))
+            lines.append("  " + format_line(row[1:], widths))
             family = row[0]
         lines += ["", self._legend()]
         lines += [f"{r.family}, {r.optimizer}: {r.note}" for r in self.ordered() if r.note]
@@ -217,8 +217,8 @@ class Comparison:
             return text
         return (
             f"{text}\nRatios are to tuned {self.reference} on the same tasks; steps to {self.reference}: "
-            "median steps to its final loss, and the share of tasks that reach it;\nspeed-up: how many times fewer "
-            "steps to the worse of the two final losses, the interquartile mean over tasks."
+            "median steps to its final loss, and the share of tasks that reach it;\nspeed-up: its steps to that loss "
+            "over the optimizer's, or, where never reached, its steps to the optimizer's final loss over all steps."
         )
 
     def _metric_names(self) -> list[str]:
@@ -242,7 +242,8 @@ class Comparison:
         return cells + [format_cell(scores.metrics.get(name), 3, wide) for name in names]
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+def format_line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """One line of a plain table: the first cell to the left, the others to the right."""
     parts = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths))]
     return "  ".join(parts).rstrip()
 

@@ -21,7 +21,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from learned_opt.batched import BatchedFamily
-from learned_opt.particles import EpisodePlan, Particles, start_particles
+from learned_opt.particles import EpisodePlan, Particles, place, start_particles
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import Tensors
 from learned_opt.unroll import Move, inner_steps, learned_move
@@ -67,6 +67,7 @@ def run_rule(
     num_tasks: int,
     horizon: int,
     particles_at_once: int = DEFAULT_PARTICLES_AT_ONCE,
+    initial_params: torch.Tensor | None = None,
 ) -> Runs:
     """Optimize `num_tasks` draws of every seed with an update rule.
 
@@ -79,6 +80,7 @@ def run_rule(
         num_tasks: how many for each seed, at least 1.
         horizon: inner steps, at least 1.
         particles_at_once: memory is bounded by so many particles.
+        initial_params: learned initial parameters [num_parameters] that all tasks start from; None for their own.
 
     Returns:
         Losses [horizon + 1, num_seeds · num_tasks], and metrics [num_seeds · num_tasks].
@@ -91,6 +93,8 @@ def run_rule(
     parts = []
     for start in range(0, len(draws), particles_at_once):
         particles = _start(batched, rule, split, draws[start : start + particles_at_once])
+        if initial_params is not None:
+            place(batched, particles, initial_params)
         with torch.no_grad():
             losses = _losses(batched, particles, horizon, learned_move(rule, theta, particles))
         parts.append(Runs(losses, _metrics(batched, particles)))

@@ -10,7 +10,7 @@ from learned_opt.evaluation import metrics
 from learned_opt.evaluation.aggregate import interquartile_mean
 from learned_opt.evaluation.metrics import Array, Interval
 from learned_opt.evaluation.results import Curve, Scores
-from learned_opt.evaluation.speedup import horizon_speedups, speedups
+from learned_opt.evaluation.speedup import speedups
 from learned_opt.task import Tensors
 
 _POINTS_PER_CURVE = 201
@@ -51,7 +51,7 @@ def score(losses: Array, task_metrics: Tensors, reference: Array | None, config:
         steps = metrics.steps_to_reach(losses, metrics.final_losses(reference))
         steps_to_reference = interval(metrics.median, steps)
         share_reached = float(np.isfinite(steps).mean())
-        sooner, of_horizon = speedups(losses, reference), horizon_speedups(losses, reference)
+        sooner, of_horizon = speedups(losses, reference), speedups(losses, reference, of_horizon=True)
         speedup, horizon_speedup = interval(interquartile_mean, sooner), interval(interquartile_mean, of_horizon)
         task_speedups, task_horizon_speedups = tuple(sooner.tolist()), tuple(of_horizon.tolist())
     return Scores(
