@@ -4,9 +4,10 @@
     python train_optimizer.py --preset quadratic         another preset
     python train_optimizer.py --config my.yaml --trainer.outer-steps 2000
     python train_optimizer.py --resume runs/digits              continue a run that was stopped
+    torchrun --nproc-per-node 4 train_optimizer.py              the same run on four processes; see docs/scale.md
 
 Everything a run makes lies in its folder: config.yaml, checkpoints/, optimizer.safetensors, results.json, curves.png
-and wandb/.
+and wandb/. Of several processes the first alone writes there, prints, and reports to wandb.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import errno
 import json
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -27,25 +29,33 @@ try:
     import pydantic  # noqa: F401  (checks configuration files)
     import rich  # noqa: F401  (the progress bar)
     import tyro
-    import yaml
+    import yaml  # noqa: F401  (reads them)
+    from rich.console import Console
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: meta-training needs {missing.name}: pip install 'learned-opt[train]'") from None
 
 import tasks
 from learned_opt import config as configuration
-from learned_opt import estimators, rules
+from learned_opt import distributed, estimators, managed, rules
 from learned_opt.artifact import Artifact, save_artifact
 from learned_opt.artifact import load as load_artifact_or_shipped
 from learned_opt.checkpoints import CheckpointFolder
+from learned_opt.command_line import quietly, yaml_dicts
 from learned_opt.config import RunConfig
+from learned_opt.distributed import ALONE, LostRank, Ranks, StoppedElsewhere
 from learned_opt.evaluation import BASELINES, Comparison, Learned, compare
 from learned_opt.files import write_atomically
+from learned_opt.initial_params import name_of, split
 from learned_opt.meta_trainer import MetaTrainer
 from learned_opt.progress import Progress
 from learned_opt.rules import UpdateRule
-from learned_opt.run_folder import RunFolder
+from learned_opt.run_folder import RunFolder, open_folder, refuse_differences, versions
+from learned_opt.stop_signals import StopSignals
 from learned_opt.task import TaskFamily, Tensors
-from learned_opt.tracking import Mode, Tracker
+from learned_opt.tracking import Mode, Tracker, TrackingConfig
+
+SOURCES = [Path(str(module.__file__)).parent for module in (distributed, tasks)]
+"""Folders of the packages whose code a run depends on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,9 @@ class Arguments:
     """When resuming: if the newest checkpoint is damaged, use the one before it."""
     run_dir: str = ""
     """Folder for what the run makes; by default runs/<preset>, or runs/<preset>-2, … if that is taken."""
+    auto_resume: bool = False
+    """With --run-dir: continue the run in that folder if there is one, start it otherwise. For queues that start a job
+    again after an interruption."""
     wandb: str = ""
     """Short for --settings.tracking.mode: auto, offline, online or disabled."""
     settings: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
@@ -79,69 +92,49 @@ def parse(argv: Sequence[str]) -> Arguments:
         settings = configuration.load(Path(chosen.config))
     else:
         settings = configuration.preset(chosen.preset or "digits")
-    arguments = tyro.cli(Arguments, args=list(argv), default=Arguments(settings=settings), registry=_yaml_dicts())
+    arguments = tyro.cli(Arguments, args=list(argv), default=Arguments(settings=settings), registry=yaml_dicts())
     if arguments.wandb:
         tracking = dataclasses.replace(arguments.settings.tracking, mode=cast(Mode, arguments.wandb))
         arguments = dataclasses.replace(arguments, settings=dataclasses.replace(arguments.settings, tracking=tracking))
     return arguments
 
 
-def _yaml_dicts() -> tyro.constructors.ConstructorRegistry:
-    """Dictionaries on the command line are YAML: --rule-settings '{hidden_size: 4}'."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def _(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-        if info.type_origin is not dict:
-            return None
-
-        def read(strings: list[str]) -> dict[str, Any]:
-            value = configuration.read_yaml(strings[0])
-            if not isinstance(value, dict):
-                raise ValueError(f"{strings[0]!r} is not a YAML mapping such as {{hidden_size: 4}}")
-            return value
-
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="YAML",
-            instance_from_str=read,
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [
-                yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip()
-            ],
-        )
-
-    return registry
-
-
-def assemble(settings: RunConfig) -> MetaTrainer:
-    """The meta-trainer that the settings describe."""
+def assemble(settings: RunConfig, ranks: Ranks = ALONE) -> MetaTrainer:
+    """The meta-trainer that the settings describe, with this rank's share of the particles."""
     rule = rules.get(settings.rule, **settings.rule_settings)
+    families = build_families(settings.families)
     return MetaTrainer(
         rule,
-        build_families(settings.families),
+        families,
         settings.trainer,
         estimators.get(settings.estimator, **settings.estimator_settings),
         validation_families=build_families(settings.validation_families),
-        theta=starting_theta(settings.start_from, rule) if settings.start_from else None,
-        device=settings.device,
+        theta=starting_theta(settings, rule, families) if settings.start_from else None,
+        device=ranks.place(settings.device),
+        ranks=ranks,
     )
 
 
-def starting_theta(path: str, rule: UpdateRule) -> Tensors:
-    """The theta of an exported optimizer, which must be of this rule."""
+def starting_theta(settings: RunConfig, rule: UpdateRule, families: Iterable[str]) -> Tensors:
+    """The theta of an exported optimizer, which must be of this rule, with the initial parameters to go on from."""
+    path = managed.expand(settings.start_from)
     found = load_artifact_or_shipped(path)
     if (found.rule.kind, found.rule.settings()) != (rule.kind, rule.settings()):
         raise ValueError(
             f"start_from names {path}, whose rule is {found.rule.kind} with {found.rule.settings()}; "
             f"the run's rule is {rule.kind} with {rule.settings()}"
         )
-    return found.theta
+    labels = [n for n in settings.trainer.initial_params.labels(families) if n in found.initial_params]
+    initial = {name_of(n): torch.cat([v.flatten() for v in found.initial_params[n].values()]) for n in labels}
+    return {**found.theta, **initial}
 
 
 def build_families(described: dict[str, dict[str, Any]]) -> dict[str, TaskFamily]:
-    """Label -> family, from label -> {name: …, setting: value, …}; an entry with `sample` becomes several."""
-    return tasks.build(described)
+    """Label -> family, from label -> {name: …, setting: value, …}; an entry with `sample` becomes several.
+
+    $NAME and ${NAME} in a setting stand for environment variables, such as a data folder's.
+    """
+    return tasks.build(managed.expand(described))
 
 
 def meta_train(
@@ -149,10 +142,17 @@ def meta_train(
 ) -> int:
     """The outer loop. Returns 0 when it is done, or the number of the signal that stopped it."""
     checkpoints = CheckpointFolder(folder.checkpoints, keep=settings.keep_checkpoints)
-    signals = StopSignals()
+    ranks, signals = trainer.ranks, StopSignals()
     saved = -1
+
+    def save(best: bool = False) -> None:
+        state = trainer.state_dict()  # of all ranks, at the first one
+        if ranks.is_first:
+            checkpoints.save(state, trainer.outer_step, best=best)
+
     with progress, signals:
-        while not trainer.finished and not signals.received:
+        # A signal to any rank stops all of them after the same outer step.
+        while not (stopped := ranks.highest(signals.received)) and not trainer.finished:
             before = trainer.totals["inner_steps"]
             metrics = trainer.step()
             rate = progress.update(trainer.outer_step, metrics["meta_loss"], trainer.totals["inner_steps"] - before)
@@ -162,16 +162,16 @@ def meta_train(
                 metrics |= trainer.validate()
                 improved = trainer.best_step == trainer.outer_step
                 progress.validated(trainer.outer_step, metrics["validation"], improved)
-            if settings.diagnose_every and trainer.outer_step % settings.diagnose_every == 0:
+            if ranks.is_first and settings.diagnose_every and trainer.outer_step % settings.diagnose_every == 0:
                 metrics |= diagnose(trainer, settings)
             tracker.log(metrics, trainer.outer_step)
             if improved or trainer.finished or trainer.outer_step % settings.checkpoint_every == 0:
-                checkpoints.save(trainer.state_dict(), trainer.outer_step, best=improved)
+                save(improved)
                 saved = trainer.outer_step
         # Here, and not in the loop: a signal may come at any moment, also before the first step.
-        if signals.received and saved != trainer.outer_step:
-            checkpoints.save(trainer.state_dict(), trainer.outer_step)
-    return signals.received
+        if stopped and saved != trainer.outer_step:
+            save()
+    return stopped
 
 
 def diagnose(trainer: MetaTrainer, settings: RunConfig) -> dict[str, float]:
@@ -181,7 +181,7 @@ def diagnose(trainer: MetaTrainer, settings: RunConfig) -> dict[str, float]:
     comparison = estimators.compare(
         trainer.rule,
         work.batched.family,
-        trainer.theta,
+        split(trainer.theta)[0],
         {settings.estimator: trainer.estimator},
         horizon=longest - longest % work.truncation,
         truncations=(work.truncation,),
@@ -206,8 +206,11 @@ def export(trainer: MetaTrainer, settings: RunConfig, folder: RunFolder) -> Arti
         "validation": trainer.best_score,
         "torch": torch.__version__,
     }
-    theta = trainer.best_theta if trainer.best_theta is not None else trainer.theta
-    return save_artifact(folder.optimizer, trainer.rule, theta, provenance, name=settings.rule)
+    theta, initial = split(trainer.best_theta if trainer.best_theta is not None else trainer.theta)
+    initial_params = {label: trainer.work[label].batched.unflatten(flat) for label, flat in initial.items()}
+    return save_artifact(
+        folder.optimizer, trainer.rule, theta, provenance, name=settings.rule, initial_params=initial_params
+    )
 
 
 def evaluate(artifact: Artifact, settings: RunConfig, folder: RunFolder, device: str) -> Comparison:
@@ -218,7 +221,7 @@ def evaluate(artifact: Artifact, settings: RunConfig, folder: RunFolder, device:
 
     return compare(
         [
-            Learned(name="learned", rule=artifact.rule, theta=artifact.theta),
+            Learned(name="learned", rule=artifact.rule, theta=artifact.theta, initial_params=artifact.initial_params),
             *(BASELINES[name] for name in settings.baselines),
         ],
         build_families(settings.test_families or settings.families),
@@ -228,49 +231,50 @@ def evaluate(artifact: Artifact, settings: RunConfig, folder: RunFolder, device:
     )
 
 
-class StopSignals:
-    """Turns SIGINT and SIGTERM into a wish to stop after the current outer step; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self.received = number
-        signal.signal(number, self._before[number])
+def latest_state(folder: RunFolder, arguments: Arguments) -> dict[str, Any] | None:
+    """The newest checkpoint; None for a run killed before its first one, which starts over: the same bits."""
+    checkpoints = CheckpointFolder(folder.checkpoints)
+    return checkpoints.load_latest(fall_back=arguments.fall_back) if checkpoints.latest() is not None else None
 
 
-def run(arguments: Arguments) -> int:
+def run(arguments: Arguments, ranks: Ranks = ALONE, job: managed.ManagedJob | None = None) -> int:
     """One run, from its settings to its report. Returns the exit status."""
-    settings, resuming = arguments.settings, bool(arguments.resume)
+    if job is not None and not (arguments.resume or arguments.run_dir):
+        arguments = dataclasses.replace(arguments, run_dir=str(job.run), auto_resume=True)
+    settings = arguments.settings
+    refuse_differences(ranks, {"settings": settings.to_dict(), "versions": versions(SOURCES)})
     unknown = [name for name in settings.baselines if name not in BASELINES]
     if unknown:
         raise ValueError(f"unknown baseline {unknown[0]!r}; choose from {', '.join(BASELINES)}")
     torch.set_num_threads(settings.num_threads)
-    trainer = assemble(settings)
-    if resuming:
-        folder = RunFolder(Path(arguments.resume))
-        folder.resume(settings)
-        checkpoints = CheckpointFolder(folder.checkpoints)
-        if checkpoints.latest() is not None:  # a run killed before its first checkpoint starts over: the same bits
-            trainer.load_state_dict(checkpoints.load_latest(fall_back=arguments.fall_back))
-    else:
+    trainer = ranks.together(lambda: assemble(settings, ranks))
+    held: list[RunFolder] = []
+
+    def take() -> tuple[Path, bool, dict[str, Any] | None]:
         stem = Path(arguments.config).stem if arguments.config else arguments.preset
-        folder = RunFolder(Path(arguments.run_dir)) if arguments.run_dir else RunFolder.new(Path("runs"), stem)
-        folder.start(settings)
-    tracker = Tracker(settings.tracking, folder.path, settings.to_dict(), resume=resuming)
-    progress = Progress(settings.trainer.outer_steps, completed=trainer.outer_step)
+        folder, resuming = open_folder(
+            settings,
+            ranks,
+            stem=stem,
+            resume=arguments.resume,
+            run_dir=arguments.run_dir,
+            auto_resume=arguments.auto_resume,
+        )
+        held.append(folder)
+        return folder.path, resuming, latest_state(folder, arguments) if resuming else None
+
+    path, resuming, state = ranks.first(take)
+    folder = held[0] if held else RunFolder(path)  # the first rank's is locked
+    if state is not None:
+        trainer.load_state_dict(state)
+    tracking = settings.tracking if ranks.is_first else TrackingConfig(mode="disabled")
+    tracker = Tracker(tracking, folder.path, settings.to_dict(), resume=resuming)
+    console = None if ranks.is_first else Console(quiet=True)
+    progress = Progress(settings.trainer.outer_steps, completed=trainer.outer_step, console=console)
     try:
         progress.say(f"run folder: {folder.path}" + (f"\nwandb: {tracker.url}" if tracker.url else ""))
+        if resuming:
+            progress.say(f"continuing at outer step {trainer.outer_step}")
         stopped = meta_train(trainer, settings, folder, tracker, progress)
         if stopped:
             progress.say(
@@ -279,6 +283,8 @@ def run(arguments: Arguments) -> int:
             )
             tracker.finish(exit_code=1)
             return 128 + stopped
+        if not ranks.is_first:
+            return 0  # what is left is for one process
         artifact = export(trainer, settings, folder)
         tracker.log_artifact(
             folder.optimizer, name=f"optimizer-{settings.rule}", metadata={"hash": artifact.hash, **artifact.provenance}
@@ -286,7 +292,10 @@ def run(arguments: Arguments) -> int:
         tracker.log_summary({"best_score": trainer.best_score, "best_step": trainer.best_step})
         progress.say(f"exported the theta of outer step {trainer.best_step} to {folder.optimizer}")
         if settings.baselines:
-            report(evaluate(artifact, settings, folder, settings.device), folder, tracker, progress)
+            report(evaluate(artifact, settings, folder, ranks.place(settings.device)), folder, tracker, progress)
+        if job is not None:
+            job.deliver(folder)
+            progress.say(f"copied to {job.model}")
         tracker.finish()
         return 0
     except KeyboardInterrupt:
@@ -312,16 +321,35 @@ def report(comparison: Comparison, folder: RunFolder, tracker: Tracker, progress
 
 
 def main() -> int:
-    """The command: 0 when all is done, 2 for bad input, 128 + signal when stopped."""
+    """The command: 0 when all is done, 2 for bad input, 1 if another rank is gone, 128 + signal when stopped."""
+    ranks, job = ALONE, managed.find()
+
+    def fail(reason: str) -> int:
+        print(f"error: {reason}" if ranks.is_first else f"error: rank {ranks.rank}: {reason}", file=sys.stderr)
+        if job is not None:
+            job.failed(reason)
+        return 2
+
     try:
-        return run(parse(sys.argv[1:]))
+        with distributed.start() as ranks:
+            if not ranks.is_first:
+                warnings.simplefilter("ignore")  # the first rank has the same
+            argv = managed.arguments(sys.argv[1:]) if job is not None else sys.argv[1:]
+            return run(ranks.together(lambda: quietly(parse, argv, speak=ranks.is_first)), ranks, job)
+    except StoppedElsewhere:
+        return 2
+    except LostRank as error:
+        if ranks.is_first:
+            fail(str(error))
+        return 1
     except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        return fail(str(error))
     except OSError as error:
         disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
         remedy = "; make room or check the permissions, then continue with --resume" if disk else ""
-        print(f"error: {error}{remedy}", file=sys.stderr)
-    return 2
+        return fail(f"{error}{remedy}")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

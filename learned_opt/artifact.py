@@ -1,8 +1,9 @@
 """The exported file: an update rule, its theta and how it was trained, in one safetensors file without pickle.
 
-Everything but theta is text in the file's metadata: the format version, the rule's kind and settings, the
+Everything but tensors is text in the file's metadata: the format version, the rule's kind and settings, the
 provenance, and a hash of rule and theta. The hash is ours and does not depend on the container: it identifies what was
-learned, whatever file it lies in, and tells a damaged file from a sound one.
+learned, whatever file it lies in, and tells a damaged file from a sound one. Initial parameters that were learned
+beside the rule, one set per family, lie in the same file and count in the hash; such files have format version 2.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from learned_opt.rules.base import UpdateRule
 from learned_opt.task import Tensors
 
 FORMAT = "learned_opt.optimizer"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The highest that is read; files without learned initial parameters are still written as version 1."""
+
 SHIPPED = Path(__file__).parent / "weights"
 """Where the optimizers that ship with the library lie, one `<name>.safetensors` each."""
 
@@ -44,6 +47,8 @@ class Artifact:
         provenance: how it was trained, plain JSON values (families, horizon, seed, outer steps, library version, …).
         hash: 64 hexadecimal digits, of rule and theta; not of name and provenance.
         name: a short name: letters, digits and "_.+-".
+        initial_params: label of a family -> parameters by name, float32 on the CPU, that its tasks start from; read
+            them with `initial_parameters`.
     """
 
     rule: UpdateRule
@@ -51,6 +56,7 @@ class Artifact:
     provenance: dict[str, Any]
     hash: str
     name: str
+    initial_params: dict[str, Tensors] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(
@@ -60,6 +66,7 @@ class Artifact:
         provenance: Mapping[str, Any] | None = None,
         *,
         name: str,
+        initial_params: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     ) -> Artifact:
         """An artifact of these parts, checked.
 
@@ -68,10 +75,11 @@ class Artifact:
             theta: its meta-parameters, of the shapes of `rule.init_theta`; copied as float32.
             provenance: JSON values.
             name: a short name.
+            initial_params: label -> learned initial parameters by name; copied as float32.
 
         Raises:
-            ValueError: theta has missing, unknown, misshapen or non-finite tensors; the provenance is not
-                JSON; the name has other characters.
+            ValueError: theta has missing, unknown, misshapen or non-finite tensors; so have the initial parameters; the
+                provenance is not JSON; the name has other characters.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"name must be letters, digits and '_.+-', and start with a letter or digit; got {name!r}")
@@ -82,7 +90,12 @@ class Artifact:
             raise ValueError(f"provenance must be JSON values (text, finite numbers, lists, dicts): {error}") from None
         stored = {n: theta[n].detach().to("cpu", torch.float32, copy=True).contiguous() for n in sorted(theta)}
         _check_theta(rule, stored)
-        artifact = cls(rule, stored, plain, content_hash(rule.kind, rule.settings(), stored), name)
+        initial = {
+            label: {n: v.detach().to("cpu", torch.float32, copy=True).contiguous() for n, v in params.items()}
+            for label, params in (initial_params or {}).items()
+        }
+        _check_initial(initial)
+        artifact = cls(rule, stored, plain, content_hash(rule.kind, rule.settings(), stored, initial), name, initial)
         _ALIVE.setdefault(artifact.identity, artifact)
         return artifact
 
@@ -90,6 +103,28 @@ class Artifact:
     def identity(self) -> str:
         """Name, "@" and 16 digits of the hash: how optimizer state names the weights it belongs to."""
         return f"{self.name}@{self.hash[:_IDENTITY_DIGITS]}"
+
+    def initial_parameters(self, label: str | None = None) -> Tensors:
+        """Copies of the learned initial parameters of a family, by parameter name, float32 on the CPU.
+
+        Args:
+            label: of the family, as in the configuration of the run; it may be left out where there is only one.
+
+        Raises:
+            ValueError: there are none at all, or none of this label; those there are are named.
+        """
+        known = ", ".join(map(repr, self.initial_params))
+        if not self.initial_params:
+            raise ValueError(
+                f"the optimizer {self.name!r} was exported without initial parameters; meta-train with "
+                "trainer.initial_params.families to learn them"
+            )
+        if label is None and len(self.initial_params) > 1:
+            raise ValueError(f"label must say which family's initial parameters are meant; there are {known}")
+        label = next(iter(self.initial_params)) if label is None else label
+        if label not in self.initial_params:
+            raise ValueError(f"the optimizer {self.name!r} has no initial parameters of {label!r}; there are {known}")
+        return {name: value.clone() for name, value in self.initial_params[label].items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -103,12 +138,20 @@ _ALIVE: weakref.WeakValueDictionary[str, Artifact] = weakref.WeakValueDictionary
 """Artifacts in use by identity, so that an optimizer's identity string is enough to build another one of its kind."""
 
 
-def content_hash(kind: str, settings: Mapping[str, Any], theta: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256, in hexadecimal, of a rule's kind and settings and of theta's names, dtypes, shapes and bytes."""
+def content_hash(
+    kind: str,
+    settings: Mapping[str, Any],
+    theta: Mapping[str, torch.Tensor],
+    initial_params: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> str:
+    """SHA-256, in hexadecimal, of a rule's kind and settings and of the tensors' names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     digest.update(json.dumps([kind, settings], sort_keys=True).encode())
-    for name in sorted(theta):
-        value = theta[name].detach().cpu().contiguous()
+    tensors = [(name, theta[name]) for name in sorted(theta)]
+    for label, params in sorted((initial_params or {}).items()):
+        tensors += [(_key(label, name), params[name]) for name in sorted(params)]
+    for name, tensor in tensors:
+        value = tensor.detach().cpu().contiguous()
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -121,6 +164,7 @@ def save_artifact(
     provenance: Mapping[str, Any] | None = None,
     *,
     name: str | None = None,
+    initial_params: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> Artifact:
     """Write the exported file; a file already there is replaced at once or, if anything fails, not at all.
 
@@ -130,6 +174,7 @@ def save_artifact(
         theta: its meta-parameters, stored as float32.
         provenance: how it was trained, JSON values; `library_version` is added.
         name: what to call it; by default the file's name without the suffix.
+        initial_params: label of a family -> learned initial parameters by name, stored as float32.
 
     Returns:
         The artifact, as `load_artifact` will return it.
@@ -141,17 +186,29 @@ def save_artifact(
     from safetensors.torch import save
 
     path = Path(path)
-    artifact = Artifact.of(rule, theta, {"library_version": __version__, **(provenance or {})}, name=name or path.stem)
+    artifact = Artifact.of(
+        rule,
+        theta,
+        {"library_version": __version__, **(provenance or {})},
+        name=name or path.stem,
+        initial_params=initial_params,
+    )
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": "2" if artifact.initial_params else "1",
         "name": artifact.name,
         "rule": rule.kind,
         "settings": json.dumps(rule.settings(), sort_keys=True),
         "provenance": json.dumps(artifact.provenance, sort_keys=True),
         "hash": artifact.hash,
     }
-    write_atomically(path, save(artifact.theta, metadata))
+    tensors = dict(artifact.theta)
+    if artifact.initial_params:
+        # Labels are free text, and parameters have dots in their names: the metadata say what each tensor is.
+        where = {_key(label, n): [label, n] for label, params in artifact.initial_params.items() for n in params}
+        tensors |= {key: artifact.initial_params[label][n] for key, (label, n) in where.items()}
+        metadata["initial_params"] = json.dumps(where)
+    write_atomically(path, save(tensors, metadata))
     return artifact
 
 
@@ -192,6 +249,11 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
             f"it was written by learned_opt {made_by}: upgrade learned_opt"
         )
     provenance, settings = _json(path, metadata, "provenance"), _json(path, metadata, "settings")
+    initial: dict[str, Tensors] = {}
+    for key, where in (_json(path, metadata, "initial_params") if "initial_params" in metadata else {}).items():
+        if key not in theta:
+            raise ValueError(f"{path} is damaged: it lacks the initial parameters {where}; export it again")
+        initial.setdefault(where[0], {})[where[1]] = theta.pop(key)
     try:
         rule = rules.get(metadata.get("rule", ""), **settings)
     except (ValueError, TypeError) as error:
@@ -202,10 +264,11 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         ) from None
     try:
         _check_theta(rule, theta)
+        _check_initial(initial)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; export it again") from None
     # Of the settings as they were written: a later version may have more of them, at their defaults.
-    found = content_hash(metadata["rule"], settings, theta)
+    found = content_hash(metadata["rule"], settings, theta, initial)
     if found != metadata.get("hash"):
         raise ValueError(
             f"{path} is damaged: its content has the hash {found[:12]}…, but it was written with "
@@ -214,7 +277,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     name = metadata.get("name", "")
     if not _NAME.fullmatch(name):
         raise ValueError(f"{path} is damaged: its name is {name!r}; export it again")
-    artifact = Artifact(rule, theta, provenance, found, name)
+    artifact = Artifact(rule, theta, provenance, found, name, initial)
     _ALIVE.setdefault(artifact.identity, artifact)
     return artifact
 
@@ -227,6 +290,20 @@ def _json(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: its {key} is no table of values; export it again")
     return value
+
+
+def _key(label: str, name: str) -> str:
+    """The name in the file of one family's learned initial parameter."""
+    return f"initial_params/{label}/{name}"
+
+
+def _check_initial(initial_params: Mapping[str, Tensors]) -> None:
+    for label, params in initial_params.items():
+        if not params:
+            raise ValueError(f"initial_params[{label!r}] holds no parameters; leave the label out")
+        for name, value in params.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"initial_params[{label!r}][{name!r}] has non-finite values")
 
 
 def _check_theta(rule: UpdateRule, theta: Mapping[str, torch.Tensor]) -> None:

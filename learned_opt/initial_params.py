@@ -121,6 +121,22 @@ def check_size(label: str, values: torch.Tensor, batched: BatchedFamily) -> None
         )
 
 
+def flat_params(label: str, params: Mapping[str, torch.Tensor], batched: BatchedFamily) -> torch.Tensor:
+    """Learned initial parameters by name as one vector [num_parameters], of the family's device and dtype.
+
+    Raises:
+        ValueError: names or shapes are not those of the family.
+    """
+    wanted, found = dict(zip(batched.names, batched.shapes)), {n: tuple(v.shape) for n, v in params.items()}
+    if found != wanted:
+        raise ValueError(
+            f"the learned initial parameters of family {label!r} have shapes {found}, but its tasks have {wanted}; use "
+            "another label for a family of another shape"
+        )
+    flat = torch.cat([params[name].reshape(-1) for name in batched.names])
+    return flat.to(batched.device, batched.dtype)
+
+
 def split(theta: Mapping[str, torch.Tensor]) -> tuple[Tensors, Tensors]:
     """(the update rule's weights, label -> flat learned initial parameters)."""
     own = {name: value for name, value in theta.items() if not is_initial(name)}

@@ -211,10 +211,10 @@ def test_every_flipped_byte_of_theta_is_noticed(saved):
 
 def test_newer_format(saved):
     path, _ = saved
-    rewrite(path, format_version="2", provenance=json.dumps({"library_version": "9.1"}))
+    rewrite(path, format_version="3", provenance=json.dumps({"library_version": "9.1"}))
     with pytest.raises(
         ValueError,
-        match=r"has format version 2, and this library reads up to 1; .* learned_opt 9\.1: upgrade learned_opt",
+        match=r"has format version 3, and this library reads up to 2; .* learned_opt 9\.1: upgrade learned_opt",
     ):
         artifact.load_artifact(path)
 
