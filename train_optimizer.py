@@ -100,7 +100,14 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 
 def assemble(settings: RunConfig, ranks: Ranks = ALONE) -> MetaTrainer:
-    """The meta-trainer that the settings describe, with this rank's share of the particles."""
+    """The meta-trainer that the settings describe, with this rank's share of the particles.
+
+    Raises:
+        ValueError: a name or a setting is not valid, of whatever is used later too.
+    """
+    unknown = [name for name in settings.baselines if name not in BASELINES]
+    if unknown:
+        raise ValueError(f"unknown baseline {unknown[0]!r}; choose from {', '.join(BASELINES)}")
     rule = rules.get(settings.rule, **settings.rule_settings)
     families = build_families(settings.families)
     return MetaTrainer(
@@ -243,9 +250,6 @@ def run(arguments: Arguments, ranks: Ranks = ALONE, job: managed.ManagedJob | No
         arguments = dataclasses.replace(arguments, run_dir=str(job.run), auto_resume=True)
     settings = arguments.settings
     refuse_differences(ranks, {"settings": settings.to_dict(), "versions": versions(SOURCES)})
-    unknown = [name for name in settings.baselines if name not in BASELINES]
-    if unknown:
-        raise ValueError(f"unknown baseline {unknown[0]!r}; choose from {', '.join(BASELINES)}")
     torch.set_num_threads(settings.num_threads)
     trainer = ranks.together(lambda: assemble(settings, ranks))
     held: list[RunFolder] = []
@@ -261,12 +265,16 @@ def run(arguments: Arguments, ranks: Ranks = ALONE, job: managed.ManagedJob | No
             auto_resume=arguments.auto_resume,
         )
         held.append(folder)
-        return folder.path, resuming, latest_state(folder, arguments) if resuming else None
+        try:
+            return folder.path, resuming, latest_state(folder, arguments) if resuming else None
+        except ValueError:
+            folder.release()
+            raise
 
     path, resuming, state = ranks.first(take)
     folder = held[0] if held else RunFolder(path)  # the first rank's is locked
     if state is not None:
-        trainer.load_state_dict(state)
+        ranks.together(lambda: trainer.load_state_dict(state))
     tracking = settings.tracking if ranks.is_first else TrackingConfig(mode="disabled")
     tracker = Tracker(tracking, folder.path, settings.to_dict(), resume=resuming)
     console = None if ranks.is_first else Console(quiet=True)

@@ -21,7 +21,7 @@ import torch
 
 from learned_opt.batched import BatchedFamily, check_device
 from learned_opt.curriculum import Action, CurriculumState, frozen_names
-from learned_opt.distributed import ALONE, Ranks, on_cpu
+from learned_opt.distributed import ALONE, Ranks, StoppedElsewhere, on_cpu
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.estimators.sharded import mean_over_ranks, sharded
 from learned_opt.initial_params import check_size, is_initial, name_of, with_initial
@@ -192,7 +192,7 @@ class MetaTrainer:
         self.totals["skipped"] += not finite
         self._skips_in_a_row = 0 if finite else self._skips_in_a_row + 1
         if self._skips_in_a_row >= _SKIPS_IN_A_ROW:
-            raise RuntimeError(
+            raise (RuntimeError if self.ranks.is_first else StoppedElsewhere)(
                 f"the meta-gradient was not finite in {_SKIPS_IN_A_ROW} outer steps in a row; lower learning_rate "
                 f"({config.learning_rate}) or the rule's output_scale, or check that the tasks' losses are finite"
             )

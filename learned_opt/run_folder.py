@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
 import os
+import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from learned_opt import config as configuration
+from learned_opt._version import __version__
 from learned_opt.config import RunConfig
+from learned_opt.distributed import Ranks, StoppedElsewhere
+from learned_opt.files import write_atomically
 
 
 class RunFolder:
@@ -29,6 +38,7 @@ class RunFolder:
         self.optimizer = self.path / "optimizer.safetensors"
         self.results = self.path / "results.json"
         self.picture = self.path / "curves.png"
+        self._launch = self.path / ".launch"
         self._lock: Any = None
 
     @classmethod
@@ -51,6 +61,25 @@ class RunFolder:
             return cls(path)
         raise AssertionError("unreachable")
 
+    @classmethod
+    def of_launch(cls, parent: Path, stem: str, launch: str) -> RunFolder | None:
+        """The newest of the folders that `new` makes under this name whose run this launch started; None for none."""
+        paths = [path for path in parent.glob(f"{stem}*") if path.is_dir()]
+        newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+        return next((folder for folder in map(cls, newest_first) if folder.is_of_launch(launch)), None)
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.is_file()
+
+    def is_of_launch(self, launch: str) -> bool:
+        """Whether the run here was started by this launch (`Ranks.launch`), whose processes are running again."""
+        try:
+            return bool(launch) and self.holds_run and self._launch.read_text(encoding="utf-8") == launch
+        except OSError:
+            return False
+
     def load_config(self) -> RunConfig:
         """The configuration the run was started with.
 
@@ -71,8 +100,12 @@ class RunFolder:
             raise ValueError(f"{self.path} does not hold a run (no config.yaml in it){hint}")
         return configuration.load(self.config)
 
-    def start(self, settings: RunConfig) -> None:
+    def start(self, settings: RunConfig, launch: str = "") -> None:
         """Make the folder for a new run and write its configuration.
+
+        Args:
+            settings: the configuration.
+            launch: who starts it, for `is_of_launch`.
 
         Raises:
             ValueError: the folder already holds a run, is in use, or cannot be written.
@@ -91,6 +124,8 @@ class RunFolder:
                 "or name another with --run-dir"
             )
         try:
+            if launch:
+                write_atomically(self._launch, launch.encode())
             settings.save(self.config)
         except OSError as error:
             self.release()
@@ -146,6 +181,41 @@ class RunFolder:
             self._lock = None
 
 
+def versions(packages: Sequence[Path]) -> dict[str, str]:
+    """What computes a run: versions of this library and of those below it, and a hash of the source.
+
+    Args:
+        packages: folders of Python files.
+    """
+    digest = hashlib.sha256()
+    for package in packages:
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.relative_to(package.parent).as_posix().encode() + b"\0" + path.read_bytes())
+    return {
+        "learned_opt": __version__,
+        "source": digest.hexdigest()[:16],
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": ".".join(platform.python_version_tuple()[:2]),
+    }
+
+
+def refuse_differences(ranks: Ranks, facts: dict[str, Any]) -> None:
+    """Go on only if all ranks state the same facts, nested dicts of plain values.
+
+    Raises:
+        ValueError: at the first rank, with what differs from its own.
+        StoppedElsewhere: on the others.
+    """
+    first, *others = ranks.everyone(facts)
+    lines = [f"rank {rank}: {line}" for rank, facts in enumerate(others, 1) for line in differences(first, facts)]
+    if lines:
+        reason = "the ranks of this run differ from rank 0; give all the same settings and versions:\n  " + "\n  ".join(
+            lines
+        )
+        raise ValueError(reason) if ranks.is_first else StoppedElsewhere(reason)
+
+
 def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> list[str]:
     """Lines "setting: old -> new" for every leaf that differs between two nested dicts."""
     lines = []
@@ -156,3 +226,39 @@ def differences(before: dict[str, Any], now: dict[str, Any], path: str = "") -> 
         elif old != new:
             lines.append(f"{path}{key}: {old} -> {new}")
     return lines
+
+
+def open_folder(
+    settings: RunConfig, ranks: Ranks, *, stem: str, resume: str = "", run_dir: str = "", auto_resume: bool = False
+) -> tuple[RunFolder, bool]:
+    """The run's folder, locked, and whether it holds a run to continue.
+
+    `torchrun` starts processes again with the arguments they had: they then continue what they had started.
+
+    Args:
+        settings: the run's.
+        ranks: who starts it.
+        stem: name under `runs` where no folder is named.
+        resume: folder of a run to continue; must hold one.
+        run_dir: folder of a run to start.
+        auto_resume: continue the run in `run_dir` if it holds one.
+
+    Raises:
+        ValueError: the folder holds a run of other settings, or one where none was expected, or none where one was; or
+            another process uses it, or it cannot be written.
+    """
+    folder: RunFolder | None = None
+    if resume:
+        folder = RunFolder(Path(resume))
+    elif run_dir:
+        named = RunFolder(Path(run_dir))
+        again = bool(ranks.restarts) and named.is_of_launch(ranks.launch)
+        folder = named if again or (auto_resume and named.holds_run) else None
+    elif ranks.restarts:
+        folder = RunFolder.of_launch(Path("runs"), stem, ranks.launch)
+    if folder is not None:
+        folder.resume(settings)
+        return folder, True
+    folder = RunFolder(Path(run_dir)) if run_dir else RunFolder.new(Path("runs"), stem)
+    folder.start(settings, ranks.launch)
+    return folder, False
