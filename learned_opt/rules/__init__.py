@@ -16,6 +16,7 @@ from learned_opt.rules.base import (
     slice_coordinates,
 )
 from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
+from learned_opt.rules.mixture import MixtureRule, MixtureRuleConfig
 from learned_opt.rules.sgd import SGDRule, SGDRuleConfig
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "AdamRuleConfig",
     "LSTMRule",
     "LSTMRuleConfig",
+    "MixtureRule",
+    "MixtureRuleConfig",
     "RuleConfig",
     "SGDRule",
     "SGDRuleConfig",
@@ -37,6 +40,7 @@ __all__ = [
 _KINDS: dict[str, tuple[Callable[[Any], UpdateRule], type[RuleConfig]]] = {
     AdamRule.kind: (AdamRule, AdamRuleConfig),
     LSTMRule.kind: (LSTMRule, LSTMRuleConfig),
+    MixtureRule.kind: (MixtureRule, MixtureRuleConfig),
     SGDRule.kind: (SGDRule, SGDRuleConfig),
 }
 
@@ -47,6 +51,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         "lstm",
         {"inputs": "log_and_sign", "num_layers": 2, "hidden_size": 20, "output_scale": 0.1, "output_tanh": False},
     ),
+    "mixture": ("mixture", {}),
     "adam": ("adam", {}),
     "sgd": ("sgd", {}),
 }

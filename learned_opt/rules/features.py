@@ -2,6 +2,7 @@
 
 `log_and_sign` is the preprocessing of Andrychowicz et al. 2016 (appendix A); `normalized` that of RNNprop (Lv, Jiang
 and Li 2017). Both return the inputs [features, n], the new state, and a mask of the coordinates that may move.
+`momenta` is ours: averages at several time scales, with inputs that do not change when the gradient's sign does.
 """
 
 from __future__ import annotations
@@ -55,3 +56,44 @@ def normalized(
     # zero.
     scale = 1 / (torch.where(active, v / correction, 1.0).sqrt() + eps)
     return torch.stack([grads * scale, m / correction * scale]), {"m": m, "v": v, "step": step}, active
+
+
+NUM_MOMENTA = 3
+"""Moving averages of the gradient in `momenta`."""
+NUM_EVEN = 3 * NUM_MOMENTA + 1
+NUM_DIRECTIONS = NUM_MOMENTA + 1
+
+
+def momenta(
+    grads: torch.Tensor, state: Tensors, betas: tuple[float, ...], eps: float
+) -> tuple[torch.Tensor, torch.Tensor, Tensors, torch.Tensor]:
+    """Directions d₀ = g/√v̂ and dᵢ = m̂ᵢ/√v̂ for three averages, and what tells how well they agree.
+
+    The second result is the same for g and −g: |dᵢ| (how consistent the gradient has been), s(d₀·dᵢ) (whether it goes
+    on as before), s(d₁·d₂) and s(d₁·d₃) (whether short and long memory agree), s(d₀²) (how large it is for its like),
+    and (v̂ − ŵ)/(v̂ + ŵ) with a slower average ŵ of g² (whether gradients grow or shrink). s(x) is x/(1 + |x|).
+
+    Args:
+        grads: [n].
+        state: "m" [3, n], "v" [2, n] (v, then w), "step" [n] or [1].
+        betas: decays of the three averages of g, then of v and w.
+        eps: added to √v̂, positive, in units of the gradient.
+
+    Returns:
+        (directions [4, n], inputs [10, n], new state, mask [n] of the coordinates that have had a non-zero gradient).
+    """
+    step = state["step"] + 1
+    decay = grads.new_tensor(betas)[:, None]
+    correction = 1 - torch.pow(decay, step.to(grads.dtype))
+    m = state["m"] * decay[:NUM_MOMENTA] + grads * (1 - decay[:NUM_MOMENTA])
+    v = state["v"] * decay[NUM_MOMENTA:] + grads * grads * (1 - decay[NUM_MOMENTA:])
+    active = v[1] > 0
+    fast, slow = torch.where(active, v / correction[NUM_MOMENTA:], 1.0)
+    scale = 1 / (fast.sqrt() + eps)
+    directions = torch.cat([(grads * scale)[None], m / correction[:NUM_MOMENTA] * scale])
+    now, first = directions[0], directions[1]
+    products = torch.cat([now * directions[1:], first * directions[2:], (now * now)[None]])
+    agreement = products / (1 + products.abs())
+    trend = (fast - slow) / (fast + slow)
+    inputs = torch.cat([directions[1:].abs(), agreement, trend[None]])
+    return directions, inputs, {"m": m, "v": v, "step": step}, active

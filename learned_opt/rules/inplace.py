@@ -17,6 +17,7 @@ from learned_opt.rules import native
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
 from learned_opt.rules.features import NUM_FEATURES, log_and_sign
 from learned_opt.rules.lstm import LSTMRule
+from learned_opt.rules.mixture import MixtureRule
 from learned_opt.task import Tensors
 
 Scratch = dict[str, torch.Tensor]
@@ -35,7 +36,7 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
         theta: its meta-parameters; with several sets each has that leading dimension.
         num_sets: how many optimizers run side by side, each on n / num_sets coordinates of its own.
     """
-    if type(rule) is not LSTMRule:
+    if not isinstance(rule, LSTMRule | MixtureRule):
         return None
     kernel = rule.native_kernel(theta)
     if kernel is not None:
@@ -51,7 +52,7 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
             return update, after
 
         return native_step
-    if num_sets > 1:
+    if num_sets > 1 or not isinstance(rule, LSTMRule):
         return None
     size = fitting_chunk(rule)
     scratches: dict[int, Scratch] = {}

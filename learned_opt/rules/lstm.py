@@ -27,7 +27,7 @@ from learned_opt.task import Tensors
 
 INPUTS = ("normalized", "log_and_sign")
 
-_NATIVE_CHUNK = 2**16
+NATIVE_CHUNK = 2**16
 """Coordinates given to the compiled kernel at a time; it cuts them into blocks of its own."""
 
 
@@ -149,11 +149,11 @@ class LSTMRule(UpdateRule):
         out = (out.tanh() if c.output_tanh else out) * c.output_scale
         return torch.where(active, out, 0.0), {**new_state, "hidden": torch.stack(hidden), "cell": torch.stack(cell)}
 
-    @property
+    @functools.cached_property
     def native_inputs(self) -> native.Inputs:
         """How a compiled kernel turns gradients into inputs."""
         c = self.config
-        return native.Inputs(kind=c.inputs, beta=c.beta, eps=c.eps, log_range=c.log_range)
+        return native.Inputs(kind=c.inputs, betas=(c.beta,), eps=c.eps, log_range=c.log_range)
 
     def native_kernel(self, theta: Tensors) -> native.LSTMKernel | None:
         """The compiled kernel for this rule, where theta's device and type allow one."""
@@ -171,7 +171,7 @@ class LSTMRule(UpdateRule):
         )
 
     def backward_chunk(self, theta: Tensors) -> int:
-        return _NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta)
+        return NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta)
 
     def backward(
         self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
@@ -206,24 +206,19 @@ class LSTMRule(UpdateRule):
         kernel = self.native_kernel(theta)
         if kernel is None:
             return super().vjp(theta, grads, params, state, d_update, d_state)
-        grads = grads.detach().requires_grad_()
-        averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in ("hidden", "cell")}
-        with torch.enable_grad():
-            rows, after, active = self._features(grads, averages)
-        d_before = {name: d_state[name] for name in ("hidden", "cell")}
-        weights = native.flatten(theta, self.names)
-        flat, d_rows = kernel.vjp(weights, self.config.output_scale, rows.detach(), active, state, d_update, d_before)
-        # The network is the kernel's; the features before it, a few numbers a coordinate, are autograd's.
-        d_grads, *d_averages = torch.autograd.grad(
-            [rows, *after.values()],
-            [grads, *averages.values()],
-            [d_rows, *(d_state[name] for name in after)],
-            allow_unused=True,
-            materialize_grads=True,
+        return native.pull_back(
+            kernel,
+            self.names,
+            self.native_inputs,
+            self.config.output_scale,
+            self._features,
+            theta,
+            grads,
+            params,
+            state,
+            d_update,
+            d_state,
         )
-        d_all = {**d_before, **dict(zip(averages, d_averages))}
-        d_theta = native.unflatten(flat, self.names, theta)
-        return d_theta, d_grads, torch.zeros_like(params), {name: d_all[name] for name in state}
 
     def _replay(self, theta: Tensors, grads: torch.Tensor, state: Tensors) -> _Tape:
         """Run the steps again, keeping each step's joined inputs, activated gates and cells."""

@@ -7,9 +7,10 @@
 //
 // Layouts are those of the rule in Python: rows are features, columns are coordinates; gates in the order input,
 // forget, output, candidate. `theta` is one flat vector: dense.weight, dense.bias (with DENSE), then per layer
-// lstm.weight [4·HIDDEN, inputs + HIDDEN] and lstm.bias, then output.weight and output.bias.
+// lstm.weight [4·HIDDEN, inputs + HIDDEN] and lstm.bias, then output.weight [OUTPUTS, HIDDEN] and output.bias.
 //
-// Set by the compiler's command line: HIDDEN, LAYERS, DENSE (0 for none), FEATURES, OUTPUT_TANH (0 or 1).
+// Set by the compiler's command line: HIDDEN, LAYERS, DENSE (0 for none), FEATURES, OUTPUT_TANH (0 or 1), and
+// DIRECTIONS: 0 where the one output is the update, else how many directions the update is mixed from.
 
 #include <cmath>
 #include <cstddef>
@@ -39,6 +40,8 @@ constexpr int WIDTH = LANES * VECTORS;   // coordinates of a block
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float)), aligned(LANES * sizeof(float)), may_alias));
 typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
+constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 : 1;
+constexpr int ROWS = FEATURES + DIRECTIONS;      // what is computed from the gradients, or given
 constexpr int FIRST = DENSE ? DENSE : FEATURES;  // inputs of the first layer
 constexpr int GATES = 4 * HIDDEN;
 constexpr int inputs_of(int layer) { return layer ? HIDDEN : FIRST; }
@@ -198,8 +201,8 @@ constexpr Offsets offsets() {
     o.size = o.bias[l] + GATES;
   }
   o.output_weight = o.size;
-  o.output_bias = o.size + HIDDEN;
-  o.size += HIDDEN + 1;
+  o.output_bias = o.size + OUTPUTS * HIDDEN;
+  o.size += OUTPUTS * (HIDDEN + 1);
   return o;
 }
 constexpr Offsets AT = offsets();
@@ -211,7 +214,7 @@ struct Weights {
   float forward[LAYERS][GATES * (WIDEST + HIDDEN)];
   float bias[LAYERS][GATES];
   float backward[LAYERS][GATES * (WIDEST + HIDDEN)];
-  float output[HIDDEN], output_bias;
+  float output[OUTPUTS * HIDDEN], output_bias[OUTPUTS];
 };
 
 void fill(Weights& w, const float* theta) {
@@ -236,28 +239,33 @@ void fill(Weights& w, const float* theta) {
       pack<joined_of(1), GATES>(weight, 1, joined, w.backward[l]);
     }
   }
-  std::memcpy(w.output, theta + AT.output_weight, HIDDEN * sizeof(float));
-  w.output_bias = theta[AT.output_bias];
+  std::memcpy(w.output, theta + AT.output_weight, sizeof w.output);
+  std::memcpy(w.output_bias, theta + AT.output_bias, sizeof w.output_bias);
 }
 
 // ------------------------------------------------------------------------------------------------- what a rule sees
 
-enum Kind { GIVEN = 0, NORMALIZED = 1, LOG_AND_SIGN = 2 };
+enum Kind { GIVEN = 0, NORMALIZED = 1, LOG_AND_SIGN = 2, MOMENTA = 3 };
+constexpr int MOST_M = 3, MOST_V = 2;  // moving averages of gradients and of their squares
 
 struct Inputs {
   int kind;
-  const float* grads;      // [steps, ld], or [steps, FEATURES, ld] where given
+  const float* grads;      // [steps, ld], or [steps, ROWS, ld] where given
   ptrdiff_t ld;            // from one row to the next
-  const float *m, *v;      // [n], NORMALIZED
+  const float *m, *v;      // [1, state_ld] each, NORMALIZED; [3, state_ld] and [2, state_ld], MOMENTA
+  ptrdiff_t state_ld;
   const float* step;       // [n] or [1]
   int shared_step;
-  float beta, eps, range;
+  const float* betas;      // of the averages of gradients, then of squares
+  float eps, range;
   const unsigned char* active;  // [steps, n], GIVEN
 };
 
 struct Averages {  // of one block
-  alignas(64) float m[WIDTH], v[WIDTH], step[WIDTH];
+  alignas(64) float m[MOST_M][WIDTH], v[MOST_V][WIDTH], step[WIDTH];
 };
+constexpr int num_m(int kind) { return kind == MOMENTA ? 3 : kind == NORMALIZED ? 1 : 0; }
+constexpr int num_v(int kind) { return kind == MOMENTA ? 2 : kind == NORMALIZED ? 1 : 0; }
 
 inline void load_row(const float* from, int width, float* to) {
   if (width == WIDTH) std::memcpy(to, from, WIDTH * sizeof(float));
@@ -267,19 +275,62 @@ inline void load_row(const float* from, int width, float* to) {
 inline void store_row(const float* from, int width, float* to) { std::memcpy(to, from, width * sizeof(float)); }
 
 void load_averages(const Inputs& in, ptrdiff_t column, int width, Averages& a) {
-  if (in.kind != NORMALIZED) return;
-  load_row(in.m + column, width, a.m);
-  load_row(in.v + column, width, a.v);
+  if (!num_m(in.kind)) return;
+  for (int i = 0; i < num_m(in.kind); ++i) load_row(in.m + i * in.state_ld + column, width, a.m[i]);
+  for (int i = 0; i < num_v(in.kind); ++i) load_row(in.v + i * in.state_ld + column, width, a.v[i]);
   for (int j = 0; j < WIDTH; ++j) a.step[j] = in.step[in.shared_step ? 0 : column + (j < width ? j : 0)];
 }
 
-// One step's features [FEATURES, WIDTH] of a block and the mask (1 or 0) of the coordinates that may move; the averages
+// 1 - beta^step for every coordinate of a block.
+inline void correct(const Averages& a, bool same, float beta, float* __restrict out) {
+  const float first = 1.0f - std::pow(beta, a.step[0]);
+  for (int j = 0; j < WIDTH; ++j) out[j] = same ? first : 1.0f - std::pow(beta, a.step[j]);
+}
+
+inline float squashed(float x) { return x / (1.0f + std::fabs(x)); }
+
+// See `features.momenta` in Python: normalized gradient and momenta are the directions, and what is the same for g and -g
+// is the network's input.
+inline void momenta(const Inputs& in, const float* __restrict g, bool same, Averages& a, float* __restrict out,
+                    float* __restrict active) {
+  if constexpr (DIRECTIONS == 4 && FEATURES == 10) {
+    alignas(64) float correction[5][WIDTH];
+    for (int i = 0; i < 5; ++i) correct(a, same, in.betas[i], correction[i]);
+    float* __restrict directions = out + FEATURES * WIDTH;
+    for (int j = 0; j < WIDTH; ++j) {
+      for (int i = 0; i < 3; ++i) a.m[i][j] = a.m[i][j] * in.betas[i] + g[j] * (1.0f - in.betas[i]);
+      for (int i = 0; i < 2; ++i) a.v[i][j] = a.v[i][j] * in.betas[3 + i] + g[j] * g[j] * (1.0f - in.betas[3 + i]);
+      const bool idle = a.v[1][j] <= 0.0f;
+      const float fast = a.v[0][j] / correction[3][j], slow = a.v[1][j] / correction[4][j];
+      const float scale = 1.0f / (std::sqrt(idle ? 1.0f : fast) + in.eps);
+      const float d0 = g[j] * scale, d1 = a.m[0][j] / correction[0][j] * scale,
+                  d2 = a.m[1][j] / correction[1][j] * scale, d3 = a.m[2][j] / correction[2][j] * scale;
+      directions[j] = d0;
+      directions[WIDTH + j] = d1;
+      directions[2 * WIDTH + j] = d2;
+      directions[3 * WIDTH + j] = d3;
+      out[j] = std::fabs(d1);
+      out[WIDTH + j] = std::fabs(d2);
+      out[2 * WIDTH + j] = std::fabs(d3);
+      out[3 * WIDTH + j] = squashed(d0 * d1);
+      out[4 * WIDTH + j] = squashed(d0 * d2);
+      out[5 * WIDTH + j] = squashed(d0 * d3);
+      out[6 * WIDTH + j] = squashed(d1 * d2);
+      out[7 * WIDTH + j] = squashed(d1 * d3);
+      out[8 * WIDTH + j] = squashed(d0 * d0);
+      out[9 * WIDTH + j] = idle ? 0.0f : (fast - slow) / (fast + slow);
+      active[j] = idle ? 0.0f : 1.0f;
+    }
+  }
+}
+
+// One step's rows [ROWS, WIDTH] of a block and the mask (1 or 0) of the coordinates that may move; the averages
 // move on.
 void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a, float* __restrict out,
               float* __restrict active) {
   if (in.kind == GIVEN) {
-    for (int f = 0; f < FEATURES; ++f)
-      load_row(in.grads + (ptrdiff_t(t) * FEATURES + f) * in.ld + column, width, out + f * WIDTH);
+    for (int f = 0; f < ROWS; ++f)
+      load_row(in.grads + (ptrdiff_t(t) * ROWS + f) * in.ld + column, width, out + f * WIDTH);
     for (int j = 0; j < WIDTH; ++j) active[j] = j < width && in.active[t * in.ld + column + j];
     return;
   }
@@ -296,20 +347,23 @@ void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a,
     }
     return;
   }
-  alignas(64) float correction[WIDTH];
   bool same = true;
   for (int j = 0; j < WIDTH; ++j) {
     a.step[j] += 1.0f;
     same = same && a.step[j] == a.step[0];
   }
-  const float first = 1.0f - std::pow(in.beta, a.step[0]);
-  for (int j = 0; j < WIDTH; ++j) correction[j] = same ? first : 1.0f - std::pow(in.beta, a.step[j]);
-  const float rest = 1.0f - in.beta;
+  if (in.kind == MOMENTA) {
+    momenta(in, g, same, a, out, active);
+    return;
+  }
+  alignas(64) float correction[WIDTH];
+  const float beta = in.betas[0], rest = 1.0f - beta;
+  correct(a, same, beta, correction);
   for (int j = 0; j < WIDTH; ++j) {
-    const float m = a.m[j] * in.beta + g[j] * rest;
-    const float v = a.v[j] * in.beta + g[j] * g[j] * rest;
-    a.m[j] = m;
-    a.v[j] = v;
+    const float m = a.m[0][j] * beta + g[j] * rest;
+    const float v = a.v[0][j] * beta + g[j] * g[j] * rest;
+    a.m[0][j] = m;
+    a.v[0][j] = v;
     const bool idle = v <= 0.0f;  // not a number counts as active, and shows in the update
     const float scale = 1.0f / (std::sqrt(idle ? 1.0f : v / correction[j]) + in.eps);
     out[j] = g[j] * scale;
@@ -349,18 +403,34 @@ inline void cell(float* __restrict gates, const float* before, float* after, flo
   }
 }
 
-inline void read_out(const Weights& w, const float* top, float* out) {
-  for (int v = 0; v < VECTORS; ++v) {
-    Vec y = splat(w.output_bias);
-    for (int h = 0; h < HIDDEN; ++h) y += w.output[h] * load(top + h * WIDTH + v * LANES);
-    if (OUTPUT_TANH) y = smaller(larger(tanh_(y), splat(-1.0f)), splat(1.0f));
-    store(out + v * LANES, y);
+// The outputs [OUTPUTS, WIDTH] of the network, and the update they make, before `scale` unless it is mixed. Mixed: the
+// first output is the logarithm of the step's size, held within ±range, the others are the shares of the directions.
+inline void read_out(const Weights& w, const float* top, const float* directions, float range, float scale,
+                     float* __restrict y, float* __restrict update) {
+  for (int o = 0; o < OUTPUTS; ++o)
+    for (int v = 0; v < VECTORS; ++v) {
+      Vec sum = splat(w.output_bias[o]);
+      for (int h = 0; h < HIDDEN; ++h) sum += w.output[o * HIDDEN + h] * load(top + h * WIDTH + v * LANES);
+      if (OUTPUT_TANH) sum = smaller(larger(tanh_(sum), splat(-1.0f)), splat(1.0f));
+      if (DIRECTIONS && o == 0) sum = tanh_(sum / range);  // kept as it is for the way back
+      store(y + o * WIDTH + v * LANES, sum);
+    }
+  if constexpr (DIRECTIONS == 0) {
+    for (int j = 0; j < WIDTH; ++j) update[j] = y[j] * scale;
+  } else {
+    for (int j = 0; j < WIDTH; ++j) update[j] = std::exp(range * y[j]) * scale;
+    for (int j = 0; j < WIDTH; ++j) {
+      float sum = 0.0f;
+      for (int d = 0; d < DIRECTIONS; ++d) sum += y[(d + 1) * WIDTH + j] * directions[d * WIDTH + j];
+      update[j] *= sum;
+    }
   }
 }
 
 struct StepScratch {
   alignas(64) float joined[LAYERS][(WIDEST + HIDDEN) * WIDTH], gates[GATES * WIDTH], cells[HIDDEN * WIDTH],
-      tanh_cell[HIDDEN * WIDTH], top[HIDDEN * WIDTH], x[FEATURES * WIDTH], active[WIDTH], out[WIDTH];
+      tanh_cell[HIDDEN * WIDTH], top[HIDDEN * WIDTH], x[ROWS * WIDTH], active[WIDTH], y[OUTPUTS * WIDTH],
+      out[WIDTH];
   Averages averages;
 };
 
@@ -373,10 +443,8 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
                 ptrdiff_t ld, ptrdiff_t column, int width, float scale, float* update, StepScratch& s) {
   load_averages(in, column, width, s.averages);
   features(in, 0, column, width, s.averages, s.x, s.active);
-  if (in.kind == NORMALIZED) {
-    store_row(s.averages.m, width, after.m + column);
-    store_row(s.averages.v, width, after.v + column);
-  }
+  for (int i = 0; i < num_m(in.kind); ++i) store_row(s.averages.m[i], width, after.m + i * ld + column);
+  for (int i = 0; i < num_v(in.kind); ++i) store_row(s.averages.v[i], width, after.v + i * ld + column);
   dense(w, s.x, s.joined[0]);
   for (int l = 0; l < LAYERS; ++l) {
     float* recurrent = s.joined[l] + inputs_of(l) * WIDTH;
@@ -397,8 +465,8 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
       store_row(s.cells + h * WIDTH, width, after.cells + at);
     }
   }
-  read_out(w, s.top, s.out);
-  for (int j = 0; j < WIDTH; ++j) s.out[j] = s.active[j] != 0.0f ? s.out[j] * scale : 0.0f;
+  read_out(w, s.top, s.x + FEATURES * WIDTH, in.range, scale, s.y, s.out);
+  for (int j = 0; j < WIDTH; ++j) s.out[j] = s.active[j] != 0.0f ? s.out[j] : 0.0f;
   store_row(s.out, width, update + column);
 }
 
@@ -406,15 +474,15 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
 struct Sums {
   alignas(64) float dense[(DENSE * FEATURES + 1) * LANES], dense_bias[(DENSE + 1) * LANES];
   alignas(64) float weight[LAYERS][GATES * (WIDEST + HIDDEN) * LANES], bias[LAYERS][GATES * LANES];
-  alignas(64) float output[(HIDDEN + 1) * LANES];
+  alignas(64) float output[OUTPUTS * HIDDEN * LANES], output_bias[OUTPUTS * LANES];
 };
 
 // The rows of a run of steps that one block keeps; sizes in floats.
 struct Tape {
-  float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *active;
+  float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *update, *active;
   static size_t floats(int steps) {
     const size_t t = steps;
-    size_t rows = t * FEATURES + (t + 1) * HIDDEN + 2 * t;
+    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 2);
     for (int l = 0; l < LAYERS; ++l) rows += (t + 1) * joined_of(l) + t * GATES + (t + 1) * HIDDEN + t * HIDDEN;
     return rows * WIDTH;
   }
@@ -425,9 +493,10 @@ struct Tape {
       p += rows * WIDTH;
       return start;
     };
-    x = take(t * FEATURES);
+    x = take(t * ROWS);
     top = take((t + 1) * HIDDEN);
-    y = take(t);
+    y = take(t * OUTPUTS);
+    update = take(t);
     active = take(t);
     for (int l = 0; l < LAYERS; ++l) {
       joined[l] = take((t + 1) * joined_of(l));
@@ -440,7 +509,7 @@ struct Tape {
 
 // Runs a block through steps slot … slot + steps - 1 of the tape again.
 void replay(const Weights& w, const Inputs& in, const float* hidden, const float* cells, ptrdiff_t ld, ptrdiff_t column,
-            int width, int slot, int steps, Tape& tape) {
+            int width, int slot, int steps, float scale, Tape& tape) {
   Averages averages;
   load_averages(in, column, width, averages);
   for (int l = 0; l < LAYERS; ++l)
@@ -450,7 +519,7 @@ void replay(const Weights& w, const Inputs& in, const float* hidden, const float
       load_row(cells + at, width, tape.cells[l] + (slot * HIDDEN + h) * WIDTH);
     }
   for (int t = slot; t < slot + steps; ++t) {
-    float* x = tape.x + t * FEATURES * WIDTH;
+    float* x = tape.x + t * ROWS * WIDTH;
     features(in, t - slot, column, width, averages, x, tape.active + t * WIDTH);
     dense(w, x, tape.joined[0] + t * joined_of(0) * WIDTH);
     for (int l = 0; l < LAYERS; ++l) {
@@ -463,7 +532,8 @@ void replay(const Weights& w, const Inputs& in, const float* hidden, const float
       float* above = l + 1 < LAYERS ? tape.joined[l + 1] + t * joined_of(l + 1) * WIDTH : tape.top + t * HIDDEN * WIDTH;
       std::memcpy(above, next, HIDDEN * WIDTH * sizeof(float));
     }
-    read_out(w, tape.top + t * HIDDEN * WIDTH, tape.y + t * WIDTH);
+    read_out(w, tape.top + t * HIDDEN * WIDTH, x + FEATURES * WIDTH, in.range, scale, tape.y + t * OUTPUTS * WIDTH,
+             tape.update + t * WIDTH);
   }
 }
 
@@ -471,12 +541,12 @@ void replay(const Weights& w, const Inputs& in, const float* hidden, const float
 struct Outward {
   const float *hidden_in, *cells_in;  // of the state after the run [LAYERS, HIDDEN, ld], or null for zero
   float *hidden_out, *cells_out;      // of the state before it, or null; may be the same places
-  float* x_out;                       // of the features [steps, FEATURES, ld], or null
+  float* x_out;                       // of the rows [steps, ROWS, ld], or null
 };
 
 // Back through the same steps; gates on the tape become the derivatives with respect to what they are activated from.
 void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int summed, const Outward& outward,
-          ptrdiff_t ld, ptrdiff_t column, int width, int slot, int steps, float scale, Tape& tape, Sums& sums) {
+          ptrdiff_t ld, ptrdiff_t column, int width, int slot, int steps, float range, float scale, Tape& tape, Sums& sums) {
   alignas(64) float d_hidden[LAYERS][HIDDEN * WIDTH], d_cell[LAYERS][HIDDEN * WIDTH], d_above[HIDDEN * WIDTH],
       d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH];
   for (int l = 0; l < LAYERS; ++l)
@@ -493,25 +563,43 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
   std::memset(later, 0, sizeof later);
   for (int t = slot + steps - 1; t >= slot; --t) {
     load_row(cotangents + (t - slot) * cotangent_ld + column, width, row);
-    float *y = tape.y + t * WIDTH, *active = tape.active + t * WIDTH;
-    const float* top = tape.top + t * HIDDEN * WIDTH;
+    float *y = tape.y + t * OUTPUTS * WIDTH, *active = tape.active + t * WIDTH, *update = tape.update + t * WIDTH;
+    const float *top = tape.top + t * HIDDEN * WIDTH, *directions = tape.x + (t * ROWS + FEATURES) * WIDTH;
     for (int j = 0; j < WIDTH; ++j) {
       later[j] = summed ? later[j] + row[j] : row[j];
-      float d = active[j] != 0.0f ? later[j] * scale : 0.0f;
-      if (OUTPUT_TANH) d *= 1.0f - y[j] * y[j];
-      y[j] = d;  // from here on, the derivative with respect to the read-out
+      row[j] = active[j] != 0.0f ? later[j] : 0.0f;
     }
-    for (int h = 0; h <= HIDDEN; ++h) {
-      Vec s = load(sums.output + h * LANES);
-      for (int v = 0; v < VECTORS; ++v) {
-        const Vec d = load(y + v * LANES);
-        s += h < HIDDEN ? d * load(top + h * WIDTH + v * LANES) : d;
+    // The outputs give way to the derivatives with respect to them.
+    if constexpr (DIRECTIONS == 0) {
+      for (int j = 0; j < WIDTH; ++j) y[j] = row[j] * scale * (OUTPUT_TANH ? 1.0f - y[j] * y[j] : 1.0f);
+    } else {
+      for (int j = 0; j < WIDTH; ++j) {
+        const float size = std::exp(range * y[j]) * scale;
+        y[j] = row[j] * update[j] * (1.0f - y[j] * y[j]);
+        row[j] *= size;
       }
-      store(sums.output + h * LANES, s);
+      for (int d = 0; d < DIRECTIONS; ++d) {
+        float* __restrict share = y + (d + 1) * WIDTH;
+        if (outward.x_out) {
+          alignas(64) float d_direction[WIDTH];
+          for (int j = 0; j < WIDTH; ++j) d_direction[j] = row[j] * share[j];
+          store_row(d_direction, width, outward.x_out + (ptrdiff_t(t - slot) * ROWS + FEATURES + d) * ld + column);
+        }
+        for (int j = 0; j < WIDTH; ++j) share[j] = row[j] * directions[d * WIDTH + j];
+      }
+    }
+    outer<OUTPUTS, HIDDEN>(y, 0, top, 0, 1, sums.output);
+    for (int o = 0; o < OUTPUTS; ++o) {
+      Vec s = load(sums.output_bias + o * LANES);
+      for (int v = 0; v < VECTORS; ++v) s += load(y + o * WIDTH + v * LANES);
+      store(sums.output_bias + o * LANES, s);
     }
     for (int h = 0; h < HIDDEN; ++h)
-      for (int v = 0; v < VECTORS; ++v)
-        store(d_above + h * WIDTH + v * LANES, w.output[h] * load(y + v * LANES));
+      for (int v = 0; v < VECTORS; ++v) {
+        Vec s = {};
+        for (int o = 0; o < OUTPUTS; ++o) s += w.output[o * HIDDEN + h] * load(y + o * WIDTH + v * LANES);
+        store(d_above + h * WIDTH + v * LANES, s);
+      }
     for (int l = LAYERS - 1; l >= 0; --l) {
       float *gates = tape.gates[l] + t * GATES * WIDTH, *th = tape.tanh_cell[l] + t * HIDDEN * WIDTH;
       const float* before = tape.cells[l] + t * HIDDEN * WIDTH;
@@ -534,7 +622,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
     float* d_x = d_joined;
     alignas(64) float through_dense[FEATURES * WIDTH];
     if constexpr (DENSE != 0) {
-      const float *activated = tape.joined[0] + t * joined_of(0) * WIDTH, *x = tape.x + t * FEATURES * WIDTH;
+      const float *activated = tape.joined[0] + t * joined_of(0) * WIDTH, *x = tape.x + t * ROWS * WIDTH;
       for (int i = 0; i < DENSE * WIDTH; i += LANES) {
         const Vec e = load(activated + i);
         store(d_joined + i, load(d_joined + i) * (e > 0.0f ? splat(1.0f) : e + 1.0f));
@@ -561,7 +649,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
     }
     if (outward.x_out)
       for (int f = 0; f < FEATURES; ++f)
-        store_row(d_x + f * WIDTH, width, outward.x_out + (ptrdiff_t(t - slot) * FEATURES + f) * ld + column);
+        store_row(d_x + f * WIDTH, width, outward.x_out + (ptrdiff_t(t - slot) * ROWS + f) * ld + column);
   }
   if (outward.hidden_out)
     for (int l = 0; l < LAYERS; ++l)
@@ -607,7 +695,8 @@ void reduce(const Sums& sums, float* out) {  // [AT.size]
     reduce(sums.weight[l], GATES * joined_of(l), out + AT.weight[l]);
     reduce(sums.bias[l], GATES, out + AT.bias[l]);
   }
-  reduce(sums.output, HIDDEN + 1, out + AT.output_weight);
+  reduce(sums.output, OUTPUTS * HIDDEN, out + AT.output_weight);
+  reduce(sums.output_bias, OUTPUTS, out + AT.output_bias);
 }
 
 constexpr size_t ALIGNMENT = 64;
@@ -631,13 +720,13 @@ int lstm_theta_size() { return AT.size; }
 // [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Returns 0, or 1
 // without memory.
 int lstm_step(const float* theta, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
-              const float* step, int shared_step, float beta, float eps, float range, const float* hidden,
+              const float* step, int shared_step, const float* betas, float eps, float range, const float* hidden,
               const float* cells, float* m_out, float* v_out, float* hidden_out, float* cells_out, float scale,
               float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
   Weights* weights = aligned<Weights>(sets);
   if (!weights) return 1;
-  const Inputs in{kind, grads, n, m, v, step, shared_step, beta, eps, range, nullptr};
+  const Inputs in{kind, grads, n, m, v, n, step, shared_step, betas, eps, range, nullptr};
   const State after{hidden_out, cells_out, m_out, v_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
   {
@@ -659,7 +748,7 @@ int lstm_step(const float* theta, long sets, long per_set, int kind, const float
 // on; state rows are state_ld apart. With `summed` the cotangent of an update is the sum of its row and all later
 // ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.
 int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
-                  const float* v, const float* step, int shared_step, float beta, float eps, float range,
+                  const float* v, const float* step, int shared_step, const float* betas, float eps, float range,
                   const unsigned char* active, const float* hidden, const float* cells, long state_ld,
                   const float* cotangents, long cotangent_ld, int summed, const float* hidden_in, const float* cells_in,
                   float* hidden_out, float* cells_out, float* x_out, float scale, float* theta_grads, int threads) {
@@ -671,7 +760,7 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
   int failed = !weights || !parts;
   if (!failed) {
     fill(*weights, theta);
-    const Inputs in{kind, grads, ld, m, v, step, shared_step, beta, eps, range, active};
+    const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, eps, range, active};
     const Outward outward{hidden_in, cells_in, hidden_out, cells_out, x_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && groups > 1)
     {
@@ -690,9 +779,9 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
         for (long b = blocks * g / groups; b < blocks * (g + 1) / groups; ++b) {
           const long start = b * WIDTH;
           const int width = n - start < WIDTH ? int(n - start) : WIDTH;
-          replay(*weights, in, hidden, cells, state_ld, start, width, slot, steps, tape);
-          back(*weights, cotangents, cotangent_ld, summed, outward, state_ld, start, width, slot, steps, scale, tape,
-               *sums);
+          replay(*weights, in, hidden, cells, state_ld, start, width, slot, steps, scale, tape);
+          back(*weights, cotangents, cotangent_ld, summed, outward, state_ld, start, width, slot, steps, range, scale,
+               tape, *sums);
           slot += steps;
           if (slot + steps > slots) {
             accumulate(tape, slot, *sums);

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ _SOURCE = Path(__file__).with_name("lstm_kernel.cpp")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # From the fastest to what every compiler takes.
 _MACHINE = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
-_KINDS = {"given": 0, "normalized": 1, "log_and_sign": 2}
+_KINDS = {"given": 0, "normalized": 1, "log_and_sign": 2, "momenta": 3}
 
 
 class NativeWarning(UserWarning):
@@ -39,13 +39,20 @@ class NativeWarning(UserWarning):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the kernel is compiled for: sizes of the network and whether the read-out passes through tanh."""
+    """What the kernel is compiled for: sizes of the network, and what becomes of its output.
+
+    Attributes:
+        num_features, dense_units, num_layers, hidden_size: of the network; no dense layer with 0 units.
+        output_tanh: whether the outputs pass through tanh.
+        num_directions: 0 where the one output is the update; else how many directions the update is mixed from.
+    """
 
     num_features: int
     dense_units: int
     num_layers: int
     hidden_size: int
     output_tanh: bool
+    num_directions: int = 0
 
     def defines(self) -> list[str]:
         """The compiler's arguments."""
@@ -55,6 +62,7 @@ class Shape:
             "LAYERS": self.num_layers,
             "HIDDEN": self.hidden_size,
             "OUTPUT_TANH": int(self.output_tanh),
+            "DIRECTIONS": self.num_directions,
         }
         return [f"-D{name}={value}" for name, value in values.items()]
 
@@ -64,15 +72,22 @@ class Inputs:
     """What turns gradients into the network's inputs; see `learned_opt.rules.features`.
 
     Attributes:
-        kind: "normalized", "log_and_sign", or "given": the inputs themselves are passed instead of gradients.
-        beta, eps: of "normalized".
-        log_range: of "log_and_sign".
+        kind: "normalized", "log_and_sign", "momenta", or "given": the inputs themselves (and directions, below them)
+            are passed instead of gradients.
+        betas: decays of the averages: one with "normalized", five with "momenta".
+        eps: of "normalized" and "momenta".
+        log_range: of "log_and_sign"; with directions, bound of the logarithm of a step.
     """
 
     kind: str
-    beta: float = 0.0
+    betas: tuple[float, ...] = ()
     eps: float = 0.0
     log_range: float = 1.0
+
+    @functools.cached_property
+    def packed(self) -> ctypes.Array[ctypes.c_float]:
+        """The decays as the kernel reads them."""
+        return (ctypes.c_float * len(self.betas))(*self.betas)
 
 
 def enabled() -> bool:
@@ -184,11 +199,11 @@ class LSTMKernel:
         pointer, long, integer, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
         self._step, self._backward = library.lstm_step, library.lstm_backward
         self._step.argtypes = [
-            *(pointer, long, long, integer, pointer, pointer, pointer, pointer, integer, real, real, real),
+            *(pointer, long, long, integer, pointer, pointer, pointer, pointer, integer, pointer, real, real),
             *(pointer, pointer, pointer, pointer, pointer, pointer, real, pointer, integer),
         ]
         self._backward.argtypes = [
-            *(pointer, long, integer, integer, pointer, long, pointer, pointer, pointer, integer, real, real, real),
+            *(pointer, long, integer, integer, pointer, long, pointer, pointer, pointer, integer, pointer, real, real),
             *(pointer, pointer, pointer, long, pointer, long, integer, pointer, pointer, pointer, pointer, pointer),
             *(real, pointer, integer),
         ]
@@ -220,7 +235,7 @@ class LSTMKernel:
             _KINDS[inputs.kind],
             grads.data_ptr(),
             *_averages(state),
-            inputs.beta,
+            inputs.packed,
             inputs.eps,
             inputs.log_range,
             state["hidden"].data_ptr(),
@@ -260,6 +275,7 @@ class LSTMKernel:
     def vjp(
         self,
         flat: torch.Tensor,
+        inputs: Inputs,
         scale: float,
         rows: torch.Tensor,
         active: torch.Tensor,
@@ -270,18 +286,18 @@ class LSTMKernel:
         """Pull cotangents of one step's update and new hidden units and cells back.
 
         Args:
-            flat, scale: as in `backward`.
-            rows: the network's inputs [features, n].
+            flat, inputs, scale: as in `backward`.
+            rows: the network's inputs, and below them the directions if there are any, [rows, n].
             active: [n], bool: the coordinates that may move.
             state: "hidden" and "cell" before the step, contiguous.
             d_update: [n].
             d_state: cotangents of the new "hidden" and "cell", contiguous; overwritten with those of the old.
 
         Returns:
-            Derivatives with respect to theta [theta_size] and rows [features, n].
+            Derivatives with respect to theta [theta_size] and rows [rows, n].
         """
         out, d_rows = flat.new_empty(self.theta_size), torch.empty_like(rows)
-        given = Inputs(kind="given")
+        given = dataclasses.replace(inputs, kind="given")
         n = rows.shape[-1]
         self._run(flat, given, scale, rows[None], n, state, d_update[None], 0, (d_state, d_rows), out, active)
         return out, d_rows
@@ -312,7 +328,7 @@ class LSTMKernel:
             grads.data_ptr(),
             ld,
             *averages,
-            inputs.beta,
+            inputs.packed,
             inputs.eps,
             inputs.log_range,
             active.data_ptr() if active is not None else None,
@@ -337,3 +353,45 @@ def _averages(state: Tensors) -> tuple[int | None, int | None, int | None, int]:
         return None, None, None, 0
     step = state["step"]
     return state["m"].data_ptr(), state["v"].data_ptr(), step.data_ptr(), int(step.numel() == 1)
+
+
+RowsOf = Callable[[torch.Tensor, Tensors], tuple[torch.Tensor, Tensors, torch.Tensor]]
+"""(gradients [n], averages) to (the kernel's rows [rows, n], new averages, mask [n] of what may move), in torch."""
+
+
+def pull_back(
+    kernel: LSTMKernel,
+    names: Sequence[str],
+    inputs: Inputs,
+    scale: float,
+    rows_of: RowsOf,
+    theta: Tensors,
+    grads: torch.Tensor,
+    params: torch.Tensor,
+    state: Tensors,
+    d_update: torch.Tensor,
+    d_state: Tensors,
+) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
+    """`UpdateRule.vjp` by a kernel: the network is the kernel's, the few numbers a coordinate before it autograd's.
+
+    Args:
+        kernel, inputs, scale: what the rule runs with.
+        names: the rule's weights in theta.
+        rows_of: computes the network's inputs.
+        theta, grads, params, state, d_update, d_state: as in `UpdateRule.vjp`.
+    """
+    grads = grads.detach().requires_grad_()
+    averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in ("hidden", "cell")}
+    with torch.enable_grad():
+        rows, after, active = rows_of(grads, averages)
+    d_before = {name: d_state[name] for name in ("hidden", "cell")}
+    flat, d_rows = kernel.vjp(flatten(theta, names), inputs, scale, rows.detach(), active, state, d_update, d_before)
+    d_grads, *d_averages = torch.autograd.grad(
+        [rows, *after.values()],
+        [grads, *averages.values()],
+        [d_rows, *(d_state[name] for name in after)],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    d_all = {**d_before, **dict(zip(averages, d_averages))}
+    return unflatten(flat, names, theta), d_grads, torch.zeros_like(params), {name: d_all[name] for name in state}

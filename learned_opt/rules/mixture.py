@@ -1,0 +1,192 @@
+"""An LSTM that mixes normalized momenta, and sets the size of the step on a logarithmic scale.
+
+Every coordinate runs one LSTM layer on inputs that do not change when the gradient's sign does (`features.momenta`).
+Its outputs are read out as the logarithm of a step's size, y₀, and the shares y₁ … y₄ of four directions: the gradient
+and its averages at three time scales, each divided by the root of the average square. The update is
+
+    u = scale · exp(R·tanh(y₀/R)) · Σₖ yₖ·dₖ₋₁,
+
+so that it turns with the gradient's sign by construction, and its size may range over e^±R. At first the only share is
+−1 of the fastest momentum: Adam with learning rate `scale`. The LSTM learns when to take longer and shorter steps, and
+which memory to trust. Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction
+times the exponential of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import ClassVar
+
+import torch
+
+from learned_opt.rules import native
+from learned_opt.rules.base import RuleConfig, UpdateRule
+from learned_opt.rules.features import NUM_DIRECTIONS, NUM_EVEN, NUM_MOMENTA, momenta
+from learned_opt.rules.lstm import NATIVE_CHUNK
+from learned_opt.task import Tensors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureRuleConfig(RuleConfig):
+    """Time scales, size of the LSTM, and range of the step.
+
+    Attributes:
+        fast, medium, slow: decays of the three averages of the gradient, each in [0, 1).
+        square, slow_square: decays of the average square that normalizes, and of the one it is compared with, each in
+            [0, 1).
+        eps: added to the root of the average square, positive.
+        hidden_size: units of the LSTM, at least 1.
+        output_scale: the step that all is relative to, positive, in units of the parameters.
+        range: R, bound of the logarithm of a step over `output_scale`, positive.
+    """
+
+    fast: float = 0.9
+    medium: float = 0.99
+    slow: float = 0.999
+    square: float = 0.99
+    slow_square: float = 0.999
+    eps: float = 1e-15
+    hidden_size: int = 8
+    output_scale: float = 0.01
+    range: float = 6.0
+
+    def __post_init__(self) -> None:
+        for name in ("fast", "medium", "slow", "square", "slow_square"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+        for name in ("eps", "output_scale", "range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.hidden_size < 1:
+            raise ValueError(f"hidden_size must be at least 1; got {self.hidden_size}")
+
+    @property
+    def betas(self) -> tuple[float, ...]:
+        """All decays, in the order of `features.momenta`."""
+        return self.fast, self.medium, self.slow, self.square, self.slow_square
+
+
+class MixtureRule(UpdateRule):
+    """The LSTM that mixes momenta.
+
+    State: "hidden" and "cell" [1, hidden, n], "m" [3, n], "v" [2, n], "step".
+    """
+
+    kind: ClassVar[str] = "mixture"
+    config: MixtureRuleConfig
+
+    def __init__(self, config: MixtureRuleConfig | None = None) -> None:
+        self.config = config or MixtureRuleConfig()
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the rule's weights in theta, which may hold more than them."""
+        return tuple(self.init_theta(torch.Generator().manual_seed(0)))
+
+    def init_theta(self, generator: torch.Generator) -> Tensors:
+        """Uniform(±1/√hidden) weights as in `torch.nn.LSTM`, forget bias 1; the read-out a tenth of that, and Adam."""
+        size = self.config.hidden_size
+        bound = 1 / math.sqrt(size)
+
+        def uniform(bound: float, *shape: int) -> torch.Tensor:
+            return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+        bias = torch.zeros(4 * size)
+        bias[size : 2 * size] = 1.0
+        shares = torch.zeros(1 + NUM_DIRECTIONS)
+        shares[2] = -1.0
+        return {
+            "lstm.0.weight": uniform(bound, 4 * size, NUM_EVEN + size),
+            "lstm.0.bias": bias,
+            "output.weight": uniform(bound / 10, 1 + NUM_DIRECTIONS, size),
+            "output.bias": shares,
+        }
+
+    def init_state(
+        self, num_coordinates: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Tensors:
+        size = self.config.hidden_size
+        rows = {"hidden": (1, size), "cell": (1, size), "m": (NUM_MOMENTA,), "v": (2,), "step": ()}
+        return {n: torch.zeros(*lead, num_coordinates, dtype=dtype, device=device) for n, lead in rows.items()}
+
+    def update(
+        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors
+    ) -> tuple[torch.Tensor, Tensors]:
+        c = self.config
+        directions, inputs, new_state, active = momenta(grads, state, c.betas, c.eps)
+        joined = torch.cat([inputs, state["hidden"][0]])
+        gates = torch.addmm(theta["lstm.0.bias"][:, None], theta["lstm.0.weight"], joined)
+        i, f, o = gates[: 3 * c.hidden_size].sigmoid().chunk(3)
+        cell = f * state["cell"][0] + i * gates[3 * c.hidden_size :].tanh()
+        hidden = o * cell.tanh()
+        out = torch.addmm(theta["output.bias"][:, None], theta["output.weight"], hidden)
+        size = ((out[0] / c.range).tanh() * c.range).exp() * c.output_scale
+        update = size * (out[1:] * directions).sum(0)
+        return torch.where(active, update, 0.0), {**new_state, "hidden": hidden[None], "cell": cell[None]}
+
+    @functools.cached_property
+    def native_inputs(self) -> native.Inputs:
+        """How a compiled kernel turns gradients into inputs."""
+        c = self.config
+        return native.Inputs(kind="momenta", betas=c.betas, eps=c.eps, log_range=c.range)
+
+    def native_kernel(self, theta: Tensors) -> native.LSTMKernel | None:
+        """The compiled kernel for this rule, where theta's device and type allow one."""
+        if not native.usable(*(theta[name] for name in self.names)):
+            return None
+        return native.kernel(
+            native.Shape(
+                num_features=NUM_EVEN,
+                dense_units=0,
+                num_layers=1,
+                hidden_size=self.config.hidden_size,
+                output_tanh=False,
+                num_directions=NUM_DIRECTIONS,
+            )
+        )
+
+    def backward_chunk(self, theta: Tensors) -> int:
+        return NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta)
+
+    def backward(
+        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
+    ) -> Tensors:
+        kernel = self.native_kernel(theta)
+        if kernel is None:
+            return super().backward(theta, grads, params, state, loss_grads)
+        weights = native.flatten(theta, self.names)
+        flat = kernel.backward(weights, self.native_inputs, self.config.output_scale, grads, state, loss_grads)
+        return native.unflatten(flat, self.names, theta)
+
+    def vjp(
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        d_update: torch.Tensor,
+        d_state: Tensors,
+    ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
+        kernel = self.native_kernel(theta)
+        if kernel is None:
+            return super().vjp(theta, grads, params, state, d_update, d_state)
+
+        def rows_of(grads: torch.Tensor, averages: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
+            directions, inputs, after, active = momenta(grads, averages, self.config.betas, self.config.eps)
+            return torch.cat([inputs, directions]), after, active
+
+        return native.pull_back(
+            kernel,
+            self.names,
+            self.native_inputs,
+            self.config.output_scale,
+            rows_of,
+            theta,
+            grads,
+            params,
+            state,
+            d_update,
+            d_state,
+        )
