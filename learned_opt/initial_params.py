@@ -18,9 +18,8 @@ from typing import ClassVar
 import torch
 
 from learned_opt.batched import BatchedFamily
+from learned_opt.particles import INITIAL_PREFIX, rule_part
 from learned_opt.task import Tensors, task_seed
-
-PREFIX = "initial_params."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,12 +68,12 @@ class InitialParamsConfig:
 
 def name_of(label: str) -> str:
     """The name in theta of this family's learned initial parameters."""
-    return PREFIX + label
+    return INITIAL_PREFIX + label
 
 
 def is_initial(name: str) -> bool:
     """Whether this name in theta is that of learned initial parameters."""
-    return name.startswith(PREFIX)
+    return name.startswith(INITIAL_PREFIX)
 
 
 def with_initial(
@@ -95,8 +94,8 @@ def with_initial(
             that is not to learn them.
     """
     labels = config.labels(batched)
-    out = {name: value for name, value in theta.items() if not is_initial(name)}
-    unknown = [name for name in theta if is_initial(name) and name.removeprefix(PREFIX) not in labels]
+    out = rule_part(dict(theta))
+    unknown = [name for name in theta if is_initial(name) and name.removeprefix(INITIAL_PREFIX) not in labels]
     if unknown:
         raise ValueError(
             f"theta holds {unknown[0]!r}, but initial_params.families does not name that family; add it there, or "
@@ -139,5 +138,6 @@ def flat_params(label: str, params: Mapping[str, torch.Tensor], batched: Batched
 
 def split(theta: Mapping[str, torch.Tensor]) -> tuple[Tensors, Tensors]:
     """(the update rule's weights, label -> flat learned initial parameters)."""
-    own = {name: value for name, value in theta.items() if not is_initial(name)}
-    return own, {name.removeprefix(PREFIX): value for name, value in theta.items() if is_initial(name)}
+    return rule_part(dict(theta)), {
+        name.removeprefix(INITIAL_PREFIX): value for name, value in theta.items() if is_initial(name)
+    }

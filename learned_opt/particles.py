@@ -22,6 +22,15 @@ _LISTS = ("ids", "seeds", "episodes", "steps", "horizons")
 _TENSORS = ("params", "grads", "losses", "initial")
 
 
+INITIAL_PREFIX = "initial_params."
+"""In theta, the names of learned initial parameters begin so; the label of their family follows."""
+
+
+def rule_part(theta: Tensors) -> Tensors:
+    """theta without learned initial parameters: what the update rule itself is given."""
+    return {name: value for name, value in theta.items() if not name.startswith(INITIAL_PREFIX)}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EpisodePlan:
     """Which task and horizon a particle's next episode has: a pure function of run seed, particle and episode.

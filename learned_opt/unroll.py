@@ -25,6 +25,7 @@ from learned_opt.particles import (
     first,
     place,
     restart,
+    rule_part,
 )
 from learned_opt.rules.base import UpdateRule, chunked_update
 from learned_opt.rules.inplace import stepper
@@ -216,6 +217,7 @@ def unroll(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1; got {num_steps}")
+    theta = rule_part(theta)
     starts: dict[int, Start] = {}
 
     def begin(step: int) -> None:

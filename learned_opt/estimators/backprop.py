@@ -26,7 +26,7 @@ from learned_opt.batched import BatchedFamily
 from learned_opt.distributed import Ranks
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.estimators.initial import replayed_start_gradient, start_gradient
-from learned_opt.particles import Particles, join_states, select_state, snapshot, start_particles
+from learned_opt.particles import Particles, join_states, rule_part, select_state, snapshot, start_particles
 from learned_opt.rules.base import slice_coordinates
 from learned_opt.task import Tensors
 from learned_opt.unroll import Segment, Stage, unroll
@@ -68,8 +68,8 @@ class TruncatedBackprop(Estimator):
         """
         if self.order == 2 and work.batched.family.gradient_delay:
             raise ValueError(
-                f"order=2 cannot differentiate through the delayed gradients of {work.batched.family.name}; use order=1 "
-                "or an evolution strategy (es, pes, nres)"
+                f"order=2 cannot differentiate through the delayed gradients of {work.batched.family.name}; "
+                "use order=1 or an evolution strategy (es, pes, nres)"
             )
         particles = start_particles(work.batched, work.rule, work.plan, ids)
         if self.order == 2:
@@ -127,7 +127,7 @@ class TruncatedBackprop(Estimator):
     def _replay(self, work: Workload, theta: Tensors, segment: Segment, weights: torch.Tensor) -> Tensors:
         assert segment.inputs is not None and segment.outputs is not None
         total = {name: torch.zeros_like(value) for name, value in theta.items()}
-        size = work.batched.num_parameters
+        theta, size = rule_part(theta), work.batched.num_parameters
         for run in segment.runs:
             columns = slice(None) if run.columns is None else run.columns
             steps = slice(run.start, run.stop)
@@ -195,6 +195,7 @@ class TruncatedBackprop(Estimator):
         later: Cotangents | None,
     ) -> Cotangents | None:
         """Differentiate the segment's steps, the last first; `later` is what comes from the steps behind them."""
+        theta = rule_part(theta)
         for step in reversed(range(len(segment.stages))):
             later = self._one_step_back(work, theta, total, segment.stages[step], weights[step], later, valid)
             if step in segment.starts:

@@ -51,14 +51,9 @@ def start_gradient(
         valid: [P], which particles count.
     """
     kept = valid[start.columns]
-    total = d_params[start.columns][kept].sum(0)
+    total = torch.where(kept[:, None], d_params[start.columns], 0.0).sum(0)
     if d_grads is None:
         return total
-    with torch.enable_grad():
-        params = start.params.detach().requires_grad_()
-        _, grads = batched.losses_and_grads(params, start.tasks, start.batch, differentiable=True)
-        if not grads.requires_grad:  # a linear loss
-            return total
-        through = (grads * d_grads[start.columns])[kept].sum()
-        (second,) = torch.autograd.grad(through, params)
-    return total + torch.where(kept[:, None], second, 0.0).sum(0)
+    vectors = torch.where(kept[:, None], d_grads[start.columns], 0.0)
+    through = batched.hessian_products(start.params, start.tasks, start.batch, vectors)
+    return total + torch.where(kept[:, None], through, 0.0).sum(0)

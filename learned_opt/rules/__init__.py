@@ -15,6 +15,7 @@ from learned_opt.rules.base import (
     fitting_chunk,
     slice_coordinates,
 )
+from learned_opt.rules.gated import GatedRule, GatedRuleConfig
 from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
 from learned_opt.rules.mixture import MixtureRule, MixtureRuleConfig
 from learned_opt.rules.sgd import SGDRule, SGDRuleConfig
@@ -23,6 +24,8 @@ __all__ = [
     "RULES",
     "AdamRule",
     "AdamRuleConfig",
+    "GatedRule",
+    "GatedRuleConfig",
     "LSTMRule",
     "LSTMRuleConfig",
     "MixtureRule",
@@ -39,6 +42,7 @@ __all__ = [
 
 _KINDS: dict[str, tuple[Callable[[Any], UpdateRule], type[RuleConfig]]] = {
     AdamRule.kind: (AdamRule, AdamRuleConfig),
+    GatedRule.kind: (GatedRule, GatedRuleConfig),
     LSTMRule.kind: (LSTMRule, LSTMRuleConfig),
     MixtureRule.kind: (MixtureRule, MixtureRuleConfig),
     SGDRule.kind: (SGDRule, SGDRuleConfig),
@@ -52,6 +56,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         {"inputs": "log_and_sign", "num_layers": 2, "hidden_size": 20, "output_scale": 0.1, "output_tanh": False},
     ),
     "mixture": ("mixture", {}),
+    "gated": ("gated", {}),
     "adam": ("adam", {}),
     "sgd": ("sgd", {}),
 }
