@@ -18,6 +18,7 @@ import errno
 import json
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -344,11 +345,11 @@ def main() -> int:
                 warnings.simplefilter("ignore")  # the first rank has the same
             argv = managed.arguments(sys.argv[1:]) if job is not None else sys.argv[1:]
             return run(ranks.together(lambda: quietly(parse, argv, speak=ranks.is_first)), ranks, job)
-    except StoppedElsewhere:
-        return 2
-    except LostRank as error:
+    except (StoppedElsewhere, LostRank) as error:
         if ranks.is_first:
             fail(str(error))
+        else:
+            time.sleep(1)  # torchrun ends all ranks once one has ended: the first has something to say
         return 1
     except (ValueError, RuntimeError) as error:
         return fail(str(error))
