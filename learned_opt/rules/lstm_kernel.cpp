@@ -15,7 +15,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 
@@ -109,12 +108,13 @@ constexpr int tile_rows(int rows) { return best_divisor(rows, ROWS_AT_ONCE); }
 
 // Packed for `multiply`: tiles of R rows, within a tile column after column.
 template <int M, int K>
-void pack(const float* a, ptrdiff_t row_stride, ptrdiff_t column_stride, float* out) {
+void pack(const float* a, ptrdiff_t row_stride, ptrdiff_t column_stride, float* out, int halved_rows = 0) {
   constexpr int R = tile_rows(M);
   for (int r = 0; r < M; r += R) {
     int rows = M - r < R ? M - r : R;
     for (int k = 0; k < K; ++k)
-      for (int i = 0; i < rows; ++i) *out++ = a[(r + i) * row_stride + k * column_stride];
+      for (int i = r; i < r + rows; ++i)
+        *out++ = a[i * row_stride + k * column_stride] * (i < halved_rows ? 0.5f : 1.0f);
   }
 }
 
@@ -222,20 +222,15 @@ void fill(Weights& w, const float* theta) {
     pack<DENSE ? DENSE : 1, FEATURES>(theta, FEATURES, 1, w.dense);
     std::memcpy(w.dense_bias, theta + AT.dense_bias, DENSE * sizeof(float));
   }
-  float halved[GATES * (WIDEST + HIDDEN)];
   for (int l = 0; l < LAYERS; ++l) {
     const float* weight = theta + AT.weight[l];
     const int joined = joined_of(l);
-    for (int r = 0; r < GATES; ++r) {
-      const float factor = r < 3 * HIDDEN ? 0.5f : 1.0f;
-      for (int k = 0; k < joined; ++k) halved[r * joined + k] = weight[r * joined + k] * factor;
-      w.bias[l][r] = theta[AT.bias[l] + r] * factor;
-    }
+    for (int r = 0; r < GATES; ++r) w.bias[l][r] = theta[AT.bias[l] + r] * (r < 3 * HIDDEN ? 0.5f : 1.0f);
     if (l == 0) {
-      pack<GATES, joined_of(0)>(halved, joined, 1, w.forward[l]);
+      pack<GATES, joined_of(0)>(weight, joined, 1, w.forward[l], 3 * HIDDEN);
       pack<joined_of(0), GATES>(weight, 1, joined, w.backward[l]);
     } else {
-      pack<GATES, joined_of(1)>(halved, joined, 1, w.forward[l]);
+      pack<GATES, joined_of(1)>(weight, joined, 1, w.forward[l], 3 * HIDDEN);
       pack<joined_of(1), GATES>(weight, 1, joined, w.backward[l]);
     }
   }
@@ -287,7 +282,7 @@ inline void correct(const Averages& a, bool same, float beta, float* __restrict 
   for (int j = 0; j < WIDTH; ++j) out[j] = same ? first : 1.0f - std::pow(beta, a.step[j]);
 }
 
-inline float squashed(float x) { return x / (1.0f + std::fabs(x)); }
+[[maybe_unused]] inline float squashed(float x) { return x / (1.0f + std::fabs(x)); }
 
 // See `features.momenta` in Python: normalized gradient and momenta are the directions, and what is the same for g and -g
 // is the network's input.
@@ -300,7 +295,7 @@ inline void momenta(const Inputs& in, const float* __restrict g, bool same, Aver
     for (int j = 0; j < WIDTH; ++j) {
       for (int i = 0; i < 3; ++i) a.m[i][j] = a.m[i][j] * in.betas[i] + g[j] * (1.0f - in.betas[i]);
       for (int i = 0; i < 2; ++i) a.v[i][j] = a.v[i][j] * in.betas[3 + i] + g[j] * g[j] * (1.0f - in.betas[3 + i]);
-      const bool idle = a.v[1][j] <= 0.0f;
+      const bool idle = !(a.v[1][j] > 0.0f);
       const float fast = a.v[0][j] / correction[3][j], slow = a.v[1][j] / correction[4][j];
       const float scale = 1.0f / (std::sqrt(idle ? 1.0f : fast) + in.eps);
       const float d0 = g[j] * scale, d1 = a.m[0][j] / correction[0][j] * scale,
@@ -364,7 +359,7 @@ void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a,
     const float v = a.v[0][j] * beta + g[j] * g[j] * rest;
     a.m[0][j] = m;
     a.v[0][j] = v;
-    const bool idle = v <= 0.0f;  // not a number counts as active, and shows in the update
+    const bool idle = !(v > 0.0f);
     const float scale = 1.0f / (std::sqrt(idle ? 1.0f : v / correction[j]) + in.eps);
     out[j] = g[j] * scale;
     out[WIDTH + j] = m / correction[j] * scale;
@@ -440,11 +435,12 @@ struct State {  // hidden and cells [LAYERS, HIDDEN, n], averages [n]
 
 // `after` may be where the state is read from.
 void step_block(const Weights& w, const Inputs& in, const float* hidden, const float* cells, const State& after,
-                ptrdiff_t ld, ptrdiff_t column, int width, float scale, float* update, StepScratch& s) {
+                ptrdiff_t out_ld, ptrdiff_t column, int width, float scale, float* update, StepScratch& s) {
+  const ptrdiff_t ld = in.state_ld;
   load_averages(in, column, width, s.averages);
   features(in, 0, column, width, s.averages, s.x, s.active);
-  for (int i = 0; i < num_m(in.kind); ++i) store_row(s.averages.m[i], width, after.m + i * ld + column);
-  for (int i = 0; i < num_v(in.kind); ++i) store_row(s.averages.v[i], width, after.v + i * ld + column);
+  for (int i = 0; i < num_m(in.kind); ++i) store_row(s.averages.m[i], width, after.m + i * out_ld + column);
+  for (int i = 0; i < num_v(in.kind); ++i) store_row(s.averages.v[i], width, after.v + i * out_ld + column);
   dense(w, s.x, s.joined[0]);
   for (int l = 0; l < LAYERS; ++l) {
     float* recurrent = s.joined[l] + inputs_of(l) * WIDTH;
@@ -460,7 +456,7 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
     float* above = l + 1 < LAYERS ? s.joined[l + 1] : s.top;
     cell(s.gates, s.cells, s.cells, s.tanh_cell, above);
     for (int h = 0; h < HIDDEN; ++h) {
-      const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
+      const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * out_ld + column;
       store_row(above + h * WIDTH, width, after.hidden + at);
       store_row(s.cells + h * WIDTH, width, after.cells + at);
     }
@@ -706,9 +702,9 @@ constexpr int SLOTS = 16;           // blocks that a single step keeps on the ta
 
 template <typename T>
 T* aligned(size_t count) {
-  const size_t bytes = (count * sizeof(T) + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-  return static_cast<T*>(std::aligned_alloc(ALIGNMENT, bytes));
+  return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(ALIGNMENT), std::nothrow));
 }
+void release(void* memory) { ::operator delete(memory, std::align_val_t(ALIGNMENT)); }
 
 }  // namespace
 
@@ -717,16 +713,16 @@ extern "C" {
 int lstm_theta_size() { return AT.size; }
 
 // One step of `sets` optimizers, each with `per_set` coordinates of its own: theta [sets, theta_size], state and grads
-// [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Returns 0, or 1
-// without memory.
+// [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Rows of the
+// old state are state_ld apart, of the new one out_ld. Returns 0, or 1 without memory.
 int lstm_step(const float* theta, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
               const float* step, int shared_step, const float* betas, float eps, float range, const float* hidden,
-              const float* cells, float* m_out, float* v_out, float* hidden_out, float* cells_out, float scale,
-              float* update, int threads) {
+              const float* cells, long state_ld, float* m_out, float* v_out, float* hidden_out, float* cells_out,
+              long out_ld, float scale, float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
   Weights* weights = aligned<Weights>(sets);
   if (!weights) return 1;
-  const Inputs in{kind, grads, n, m, v, n, step, shared_step, betas, eps, range, nullptr};
+  const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, eps, range, nullptr};
   const State after{hidden_out, cells_out, m_out, v_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
   {
@@ -737,10 +733,10 @@ int lstm_step(const float* theta, long sets, long per_set, int kind, const float
     for (long b = 0; b < sets * blocks; ++b) {
       const long set = b / blocks, start = b % blocks * WIDTH;
       const int width = per_set - start < WIDTH ? int(per_set - start) : WIDTH;
-      step_block(weights[set], in, hidden, cells, after, n, set * per_set + start, width, scale, update, scratch);
+      step_block(weights[set], in, hidden, cells, after, out_ld, set * per_set + start, width, scale, update, scratch);
     }
   }
-  std::free(weights);
+  release(weights);
   return 0;
 }
 
@@ -791,15 +787,15 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
         if (slot) accumulate(tape, slot, *sums);
         reduce(*sums, parts + g * AT.size);
       }
-      std::free(memory);
-      std::free(sums);
+      release(memory);
+      release(sums);
     }
     std::memset(theta_grads, 0, AT.size * sizeof(float));
     for (long g = 0; g < groups && !failed; ++g)
       for (int i = 0; i < AT.size; ++i) theta_grads[i] += parts[g * AT.size + i];
   }
-  std::free(weights);
-  std::free(parts);
+  release(weights);
+  release(parts);
   return failed;
 }
 

@@ -1,11 +1,9 @@
 """The LSTM rule compiled for this machine's processor: `lstm_kernel.cpp`, built once for each configuration.
 
-The first use of a configuration calls the C++ compiler that is found (the environment's CXX, else c++, g++ or clang++),
-which takes a second or two; the library is kept in a cache folder and loaded from there ever after. It is used for
-float32 on the CPU. Where there is no compiler, or the environment says LEARNED_OPT_NATIVE=0, plain torch does
-the work: the same numbers to rounding, which tests hold it to.
-
-LEARNED_OPT_CACHE names the cache folder; by default it is `learned_opt` in XDG_CACHE_HOME or ~/.cache.
+The first use of a configuration calls the C++ compiler, which takes a second or two; the library is kept and
+loaded from there ever after (`learned_opt.rules.build`). It is used for float32 on the CPU. Where there is no compiler,
+or the environment says LEARNED_OPT_NATIVE=0, plain torch does the work: the same numbers to rounding, which tests hold
+it to. The numbers do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -13,28 +11,20 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import os
-import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from learned_opt.rules import build
 from learned_opt.task import Tensors
 
 _SOURCE = Path(__file__).with_name("lstm_kernel.cpp")
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-w", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
-# From the fastest to what every compiler takes.
-_MACHINE = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
+_MOST_WEIGHTS = 2**16
+"""Beyond so many weights a core's cache does not hold them, matrix products are all that counts, and torch is good at
+those."""
 _KINDS = {"given": 0, "normalized": 1, "log_and_sign": 2, "momenta": 3}
-
-
-class NativeWarning(UserWarning):
-    """A C++ compiler was found and failed: plain torch does the work, more slowly."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +55,12 @@ class Shape:
             "DIRECTIONS": self.num_directions,
         }
         return [f"-D{name}={value}" for name, value in values.items()]
+
+    @property
+    def num_weights(self) -> int:
+        """The numbers in the LSTM layers, each as wide as the widest."""
+        widest = max(self.dense_units or self.num_features, self.hidden_size)
+        return self.num_layers * 4 * self.hidden_size * (widest + self.hidden_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,83 +97,32 @@ def usable(*tensors: torch.Tensor) -> bool:
 
 
 def kernel(shape: Shape) -> LSTMKernel | None:
-    """The kernel of this shape, built if need be; None where it cannot be had."""
-    return _load(shape) if enabled() else None
+    """The kernel of this shape, built if need be; None where it cannot be had, or would not pay."""
+    return _load(shape) if enabled() and shape.num_weights <= _MOST_WEIGHTS else None
 
 
 @functools.cache
 def _load(shape: Shape) -> LSTMKernel | None:
-    compiler = _compiler()
-    if compiler is None:
-        return None
-    try:
-        return LSTMKernel(shape, ctypes.CDLL(str(_built(compiler, shape))))
-    except (OSError, RuntimeError) as error:
-        warnings.warn(
-            f"the LSTM kernel could not be built or loaded ({error}); plain torch does its work, more slowly. "
-            "Set LEARNED_OPT_NATIVE=0 to leave it out without this warning",
-            NativeWarning,
-            stacklevel=3,
-        )
-        return None
+    library = build.load(_SOURCE, shape.defines())
+    return None if library is None else LSTMKernel(shape, library)
 
 
-def _compiler() -> str | None:
-    named = os.environ.get("CXX")
-    for name in [named] if named else ["c++", "g++", "clang++"]:
-        found = shutil.which(name)
-        if found:
-            return found
-    return None
+def _threads() -> int:
+    """How many threads the kernel may use: the numbers do not depend on it."""
+    return 1 if _forked else torch.get_num_threads()
 
 
-def cache_folder() -> Path:
-    """Where built libraries are kept."""
-    chosen = os.environ.get("LEARNED_OPT_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "learned_opt"
+_forked = False
 
 
-def _built(compiler: str, shape: Shape) -> Path:
-    """The path of the library, which is compiled unless it is there already."""
-    key = hashlib.sha256(_SOURCE.read_bytes())
-    for part in (compiler, _version(compiler), _processor(), *_FLAGS, *shape.defines()):
-        key.update(part.encode() + b"\0")
-    target = cache_folder() / f"lstm-{key.hexdigest()[:24]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    reason = ""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        for machine in _MACHINE:
-            made = Path(folder) / "lstm.so"
-            command = [compiler, *_FLAGS, *machine, *shape.defines(), str(_SOURCE), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                # Processes that build at the same time each put the same library in place, whole.
-                os.replace(made, target)
-                return target
-            reason = done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"exit status {done.returncode}"
-    raise RuntimeError(f"{compiler}: {reason}")
+def _note_fork() -> None:
+    global _forked
+    _forked = True
 
 
-def _version(compiler: str) -> str:
-    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.partition("\n")[0]
-
-
-def _processor() -> str:
-    """What tells processors apart: a library built on one must not run on another that shares the cache folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        import platform
-
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    )
+# OpenMP's threads do not live on in a forked process, which would wait for them forever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def flatten(theta: Tensors, names: Sequence[str], num_sets: int = 1) -> torch.Tensor:
@@ -200,7 +145,7 @@ class LSTMKernel:
         self._step, self._backward = library.lstm_step, library.lstm_backward
         self._step.argtypes = [
             *(pointer, long, long, integer, pointer, pointer, pointer, pointer, integer, pointer, real, real),
-            *(pointer, pointer, pointer, pointer, pointer, pointer, real, pointer, integer),
+            *(pointer, pointer, long, pointer, pointer, pointer, pointer, long, real, pointer, integer),
         ]
         self._backward.argtypes = [
             *(pointer, long, integer, integer, pointer, long, pointer, pointer, pointer, integer, pointer, real, real),
@@ -219,14 +164,17 @@ class LSTMKernel:
             inputs: how gradients become inputs; not "given".
             scale: factor on the read-out.
             grads: [n], of equally many coordinates for every set, one set after the other.
-            state: contiguous tensors [..., n].
-            after: where the new state is written; may be `state` itself.
+            state: tensors [..., n].
+            after: where the new state is written; may be `state` itself, or tensors that share no memory with it.
 
         Returns:
             The update [n].
         """
         sets, n = flat.shape[0], grads.shape[0]
-        update = torch.empty_like(grads)
+        _check(flat, grads, *state.values(), *after.values())
+        grads, update = grads.contiguous(), torch.empty(n)
+        before, spacing = _in_rows(state, n)
+        target, target_spacing = (before, spacing) if after is state else _in_rows(after, n)
         averaging = "m" in state
         failed = self._step(
             flat.data_ptr(),
@@ -234,22 +182,27 @@ class LSTMKernel:
             n // sets,
             _KINDS[inputs.kind],
             grads.data_ptr(),
-            *_averages(state),
+            *_averages(before),
             inputs.packed,
             inputs.eps,
             inputs.log_range,
-            state["hidden"].data_ptr(),
-            state["cell"].data_ptr(),
-            after["m"].data_ptr() if averaging else None,
-            after["v"].data_ptr() if averaging else None,
-            after["hidden"].data_ptr(),
-            after["cell"].data_ptr(),
+            before["hidden"].data_ptr(),
+            before["cell"].data_ptr(),
+            spacing,
+            target["m"].data_ptr() if averaging else None,
+            target["v"].data_ptr() if averaging else None,
+            target["hidden"].data_ptr(),
+            target["cell"].data_ptr(),
+            target_spacing,
             scale,
             update.data_ptr(),
-            torch.get_num_threads(),
+            _threads(),
         )
         if failed:
             raise MemoryError("no memory for the step of an LSTM rule")
+        for name, value in target.items():
+            if value is not after[name] and name != "step":
+                after[name].copy_(value)
         return update
 
     def backward(
@@ -264,12 +217,15 @@ class LSTMKernel:
         """`UpdateRule.backward`, as one flat vector [theta_size].
 
         Args:
-            flat, inputs, scale: as in `step_`, with one set.
-            grads, loss_grads: [steps, n] with contiguous rows.
-            state: before the first step, tensors [..., n] with contiguous rows; only read.
+            flat, inputs, scale: as in `step`, with one set.
+            grads, loss_grads: [steps, n].
+            state: before the first step, tensors [..., n]; only read.
         """
+        _check(flat, grads, loss_grads, *state.values())
         out = flat.new_empty(self.theta_size)
-        self._run(flat, inputs, scale, grads, grads.stride(0), state, loss_grads, 1, None, out, None)
+        grads, loss_grads = (t if t.stride(-1) == 1 else t.contiguous() for t in (grads, loss_grads))
+        state, spacing = _in_rows(state, grads.shape[-1])
+        self._run(flat, inputs, scale, grads, grads.stride(0), state, spacing, loss_grads, 1, None, out, None)
         return out
 
     def vjp(
@@ -289,17 +245,20 @@ class LSTMKernel:
             flat, inputs, scale: as in `backward`.
             rows: the network's inputs, and below them the directions if there are any, [rows, n].
             active: [n], bool: the coordinates that may move.
-            state: "hidden" and "cell" before the step, contiguous.
+            state: "hidden" and "cell" before the step.
             d_update: [n].
             d_state: cotangents of the new "hidden" and "cell", contiguous; overwritten with those of the old.
 
         Returns:
             Derivatives with respect to theta [theta_size] and rows [rows, n].
         """
+        state = {name: state[name].contiguous() for name in ("hidden", "cell")}
+        rows, d_update = rows.contiguous(), d_update.contiguous()
+        _check(flat, rows, d_update, *state.values(), *d_state.values())
         out, d_rows = flat.new_empty(self.theta_size), torch.empty_like(rows)
         given = dataclasses.replace(inputs, kind="given")
         n = rows.shape[-1]
-        self._run(flat, given, scale, rows[None], n, state, d_update[None], 0, (d_state, d_rows), out, active)
+        self._run(flat, given, scale, rows[None], n, state, n, d_update[None], 0, (d_state, d_rows), out, active)
         return out, d_rows
 
     def _run(
@@ -310,6 +269,7 @@ class LSTMKernel:
         grads: torch.Tensor,
         ld: int,
         state: Tensors,
+        spacing: int,
         cotangents: torch.Tensor,
         summed: int,
         outward: tuple[Tensors, torch.Tensor] | None,
@@ -334,17 +294,51 @@ class LSTMKernel:
             active.data_ptr() if active is not None else None,
             state["hidden"].data_ptr(),
             state["cell"].data_ptr(),
-            state["hidden"].stride(-2),
+            spacing,
             cotangents.data_ptr(),
             cotangents.stride(0),
             summed,
             *(hidden, cell, hidden, cell, d_rows),
             scale,
             out.data_ptr(),
-            torch.get_num_threads(),
+            _threads(),
         )
         if failed:
             raise MemoryError(f"no memory for going back over {grads.shape[0]} steps of an LSTM rule")
+
+
+def _check(*tensors: torch.Tensor) -> None:
+    """Raise TypeError unless the kernel can read all of these."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or not tensor.is_cpu:
+            raise TypeError(
+                f"the LSTM kernel works on float32 tensors on the CPU; got {tensor.dtype} on {tensor.device}. Hold "
+                "theta, gradients and state in one dtype on one device"
+            )
+
+
+def _in_rows(state: Tensors, n: int) -> tuple[Tensors, int]:
+    """The state with all rows [n] contiguous and equally far apart, copied if need be, and how far that is."""
+    spacings = {_spacing(value) for name, value in state.items() if name != "step"} - {0}
+    if len(spacings) > 1 or -1 in spacings:
+        return {name: value.contiguous() for name, value in state.items()}, n
+    if "step" in state and not state["step"].is_contiguous():
+        state = {**state, "step": state["step"].contiguous()}
+    return state, spacings.pop() if spacings else n
+
+
+def _spacing(tensor: torch.Tensor) -> int:
+    """From one row of [..., n] to the next; 0 where there is one row only, −1 if rows lie otherwise."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return -1
+    num_rows, spacing = 1, 0
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1])):
+        if size > 1:
+            spacing = spacing or stride
+            if stride != spacing * num_rows or stride == 0:
+                return -1
+            num_rows *= size
+    return spacing
 
 
 def _averages(state: Tensors) -> tuple[int | None, int | None, int | None, int]:
