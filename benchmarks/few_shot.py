@@ -136,13 +136,13 @@ def problem_of(options: argparse.Namespace) -> Problem:
             num_tasks=25,
             horizon=1,
             learning_rate=0.01,
-            outer_steps=15_000,
+            outer_steps=25_000,
         )
     else:
         if not options.data_dir:
             raise SystemExit("error: --task omniglot needs --data-dir, a folder with Omniglot's zip files")
         fields: dict[str, Any] = {"data_dir": options.data_dir, "rotated": True, "judge": "query"}
-        fields |= {"num_ways": 5, "num_shots": 1, "channels": options.channels}
+        fields |= {"num_ways": 5, "num_shots": 1, "channels": options.channels, "side": options.side}
         found = Problem(
             family=tasks.get("omniglot", num_queries=5, **fields),
             test_family=tasks.get("omniglot", num_queries=15, **fields),
@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=0, help="inner steps in meta-training; 0 for the task's own")
     parser.add_argument("--test-tasks", type=int, default=1000)
     parser.add_argument("--channels", type=int, nargs="+", default=(16, 16, 16))
+    parser.add_argument("--side", type=int, default=14, help="of Omniglot's images, in pixels")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

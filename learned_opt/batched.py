@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch.func import grad, grad_and_value, vjp, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from learned_opt.program import trace
 from learned_opt.task import TaskFamily, Tensors, check_split, draw_batches, draw_task, stack
 
 _CALLS_BEFORE_TRACE = 8
@@ -236,6 +236,11 @@ class BatchedFamily:
             grads, losses = self._run("grad", function, params, tasks, batch)
         return losses, grads
 
+    def judged_losses(self, params: torch.Tensor, tasks: Tensors, batch: Tensors) -> torch.Tensor:
+        """The losses that judge `params`, [particles], where `judged_apart`, without gradients."""
+        with torch.no_grad():
+            return self._run("judged", self._vectorize(self._judging_loss, "query_loss"), params, tasks, batch)
+
     def judge(
         self, params: torch.Tensor, tasks: Tensors, batch: Tensors, *, differentiable: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,7 +294,7 @@ class BatchedFamily:
             def program(params: torch.Tensor, tasks: Tensors, shared: Tensors, batch: Tensors) -> Any:
                 return function(params, tasks, shared, batch)
 
-            seen = self._traced[key] = make_fx(program)(*arguments)
+            seen = self._traced[key] = trace(program, arguments)
         return seen(*arguments)
 
     def state_bytes(self, num_particles: int, rows_per_coordinate: int) -> int:

@@ -133,7 +133,7 @@ def start_particles(
         tasks, params = batched.start(plan.split, seeds)
         batch = first(batched.batches(tasks, seeds, [0] * len(ids), 1))
         losses, grads = batched.losses_and_grads(params, tasks, batch)
-        initial = batched.judge(params, tasks, batch)[0] if batched.judged_apart else losses.clone()
+        initial = batched.judged_losses(params, tasks, batch) if batched.judged_apart else losses.clone()
         bad = ~(finite(losses, grads) & torch.isfinite(initial))
         if not bad.any():
             break

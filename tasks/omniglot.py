@@ -7,12 +7,15 @@ import functools
 from typing import ClassVar
 
 import torch
+from torch.nn.functional import avg_pool2d
 
 from learned_opt.task import SPLITS, TaskFamily, Tensors, check_split
 from tasks.data.omniglot import SIDE, load_omniglot
 from tasks.data.rows import SPLIT_SHARES
 from tasks.image_conv import apply_conv, check_conv, init_conv
 from tasks.supervised import apply_mlp, check_judge, check_network, cross_entropy, init_mlp
+
+SIDES = (28, 14, 7)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class Omniglot(TaskFamily):
         num_ways: characters per task; at least 2.
         num_shots: drawings of each to learn from; at least 1.
         num_queries: held-out drawings of each; at least 1. A character has 20 drawings in all.
+        side: of the square images in pixels: 28, or 14 or 7 for averages over squares of pixels.
         rotated: whether each character of a task is turned by 0, 90, 180 or 270 degrees, which makes four of one.
         channels: of the layers of a convolutional network (`tasks.image_conv.ImageConv`); () for an MLP.
         norm: of the convolutional network, "none", "layer" or "batch": over the support, or the queries, at hand.
@@ -44,6 +48,7 @@ class Omniglot(TaskFamily):
     num_ways: int = 5
     num_shots: int = 1
     num_queries: int = 5
+    side: int = SIDE
     rotated: bool = False
     channels: tuple[int, ...] = (16, 16, 16)
     norm: str = "batch"
@@ -58,6 +63,8 @@ class Omniglot(TaskFamily):
         if not self.data_dir:
             raise ValueError("data_dir must name a folder with Omniglot's zip files; got ''")
         check_judge(self.judge)
+        if self.side not in SIDES:
+            raise ValueError(f"side must be one of {', '.join(map(str, SIDES))}; got {self.side}")
         for name, least in (("num_ways", 2), ("num_shots", 1), ("num_queries", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
@@ -88,9 +95,13 @@ class Omniglot(TaskFamily):
         return images, splits
 
     def shared_data(self) -> Tensors:
-        pixels = torch.arange(SIDE * SIDE).view(SIDE, SIDE)
+        images = self.load()[0]
+        if self.side < SIDE:
+            rows = images.reshape(-1, 1, SIDE, SIDE)
+            images = avg_pool2d(rows, SIDE // self.side).reshape(*images.shape[:-1], self.side**2)
+        pixels = torch.arange(self.side**2).view(self.side, self.side)
         turned = torch.stack([torch.rot90(pixels, turn).flatten() for turn in range(4)])
-        return {"images": self.load()[0], "turned": turned}
+        return {"images": images, "turned": turned}
 
     def sample_task(self, split: str, generator: torch.Generator) -> Tensors:
         images, splits = self.load()
@@ -108,7 +119,7 @@ class Omniglot(TaskFamily):
     def init_params(self, task: Tensors, generator: torch.Generator) -> Tensors:
         if self.channels:
             return init_conv(self.channels, self.num_ways, self.norm, self.init_scale, generator)
-        return init_mlp([SIDE * SIDE, *self.hidden, self.num_ways], "fan_in", self.init_scale, generator)
+        return init_mlp([self.side**2, *self.hidden, self.num_ways], "fan_in", self.init_scale, generator)
 
     def rows(self, task: Tensors, drawings: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(images [rows, pixels], classes [rows]) of these drawings of every character of the task."""
@@ -123,7 +134,7 @@ class Omniglot(TaskFamily):
     def outputs(self, params: Tensors, images: torch.Tensor) -> torch.Tensor:
         """Scores [rows, num_ways] of images [rows, pixels]."""
         if self.channels:
-            return apply_conv(params, self.norm, self.activation, images.reshape(-1, 1, SIDE, SIDE))
+            return apply_conv(params, self.norm, self.activation, images.reshape(-1, 1, self.side, self.side))
         return apply_mlp(params, self.activation, images)
 
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
