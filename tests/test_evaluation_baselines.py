@@ -1,6 +1,8 @@
 """Tuning, against brute force by closed forms."""
 
+import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 from evaluation_families import Parabola, gradient_descent
 
 from learned_opt.batched import BatchedFamily
-from learned_opt.evaluation import BASELINES, DEFAULT_BASELINES, Baseline, half_decades, tune
+from learned_opt.evaluation import BASELINES, DEFAULT_BASELINES, Baseline, find, half_decades, tune
 from learned_opt.evaluation.metrics import final_losses
+from learned_opt.task import draw_task, task_seed
 
 SGD = BASELINES["sgd"]
 
@@ -104,3 +107,86 @@ def test_of_equal_rates_the_lowest_wins():
 def test_bad_baselines(change, message):
     with pytest.raises(ValueError, match=message):
         Baseline(**{"name": "x", "make": torch.optim.SGD, **change})
+
+
+def test_schedule_free_is_evaluated_at_its_average():
+    schedulefree = pytest.importorskip("schedulefree")
+    family, rate = Parabola(), 0.05
+    options = dict(split="meta_test", seeds=(0,), num_tasks=2, horizon=9)
+    batched = BatchedFamily(family, dtype=torch.float64)
+    got = BASELINES["schedule_free_adamw"].run(batched, (rate,), **options)
+    for index in range(2):
+        task, params = draw_task(family, "meta_test", task_seed("meta_test", 0, index, 0))
+        leaf = params["theta"].clone().requires_grad_()
+        optimizer = schedulefree.AdamWScheduleFree([leaf], lr=rate)
+        optimizer.train()
+        for _ in range(9):
+            optimizer.zero_grad()
+            family.loss({"theta": leaf}, task, {}).backward()
+            optimizer.step()
+        trained_at = float(family.loss({"theta": leaf.detach()}, task, {}))
+        optimizer.eval()
+        distance = abs(float(leaf.detach() - task["c"]))
+        assert float(got.losses[-1, 0, index]) == pytest.approx(trained_at, rel=1e-9)
+        assert float(got.metrics["distance"][0, index]) == pytest.approx(distance, rel=1e-9)
+        assert distance != pytest.approx((2 * trained_at / float(task["a"])) ** 0.5, rel=1e-3)
+
+
+def test_the_untuned_take_their_own_defaults():
+    prodigyopt, schedulefree = pytest.importorskip("prodigyopt"), pytest.importorskip("schedulefree")
+    param = torch.zeros(2, requires_grad=True)
+    for name, plain in (
+        ("adam_default", torch.optim.Adam([param])),
+        ("prodigy", prodigyopt.Prodigy([param])),
+        ("schedule_free_adamw", schedulefree.AdamWScheduleFree([param])),
+    ):
+        baseline = BASELINES[name]
+        ours = baseline.make([{"params": [param], "lr": baseline.rates[0]}])
+        ignored = {"params", "train_mode"}
+        assert not baseline.tuned
+        assert {k: v for k, v in ours.param_groups[0].items() if k not in ignored} == {
+            k: v for k, v in plain.param_groups[0].items() if k not in ignored
+        }
+
+
+OWN = """
+import torch
+from learned_opt.evaluation import Baseline
+
+class Own(torch.optim.SGD):
+    pass
+
+OWN = Baseline(name="own", make=Own, rates=(0.1, 1.0))
+number = 3
+"""
+
+
+def test_an_optimizer_of_one_s_own_is_found(tmp_path, monkeypatch):
+    (tmp_path / "own_baseline_module.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    found = find("own_baseline_module:OWN")
+    assert (found.name, found.rates) == ("own", (0.1, 1.0))
+    tuned_too = find("own_baseline_module:Own")
+    assert (tuned_too.name, tuned_too.rates, tuned_too.elementwise) == ("Own", half_decades(-4, 1), False)
+    assert find("torch.optim:NAdam").make is torch.optim.NAdam
+    assert find("adam") is BASELINES["adam"]
+    for name, message in (
+        (
+            "own_baseline_module:number",
+            "must be a learned_opt.evaluation.Baseline or the class of an optimizer; got int",
+        ),
+        ("own_baseline_module:nothing", "the baseline 'own_baseline_module:nothing' cannot be imported: .*nothing"),
+        ("no_such_module:x", "the baseline 'no_such_module:x' cannot be imported: No module named 'no_such_module'"),
+        ("adm", "unknown baseline 'adm'; did you mean adam"),
+        ("zzz", "unknown baseline 'zzz'; choose from sgd, nesterov"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find(name)
+
+
+def test_a_baseline_whose_package_is_missing_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(BASELINES, "adam", dataclasses.replace(BASELINES["adam"], needs="no_such_package"))
+    assert not BASELINES["adam"].installed
+    with pytest.raises(ModuleNotFoundError, match=r"needs no_such_package: pip install 'learned-opt\[baselines\]'"):
+        find("adam")

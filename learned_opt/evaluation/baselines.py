@@ -186,7 +186,7 @@ def find(name: str) -> Baseline:
         if name not in BASELINES:
             near = difflib.get_close_matches(name, list(BASELINES), n=2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(BASELINES)}"
-            raise ValueError(f"unknown baseline {name!r}; {hint} An optimizer of your own is given as module:attribute")
+            raise ValueError(f"unknown baseline {name!r}; {hint} (one of your own: module:attribute)")
         if not BASELINES[name].installed:
             raise ModuleNotFoundError(
                 f"the baseline {name!r} needs {BASELINES[name].needs}: pip install 'learned-opt[baselines]'"

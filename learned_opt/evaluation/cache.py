@@ -213,7 +213,9 @@ def _write(path: Path, key: str, runs: Runs) -> None:
     from safetensors.torch import save
 
     tensors = {"losses": runs.losses, **{_METRIC + name: value for name, value in runs.metrics.items()}}
-    data = save({n: v.contiguous() for n, v in tensors.items()}, {"key": key, "content": _content(runs)})
+    # The file orders its tensors by itself; tables keep the order in which the family names its metrics.
+    metadata = {"key": key, "content": _content(runs), "metrics": json.dumps(list(runs.metrics))}
+    data = save({n: v.contiguous() for n, v in tensors.items()}, metadata)
     write_atomically(path, data)
 
 
@@ -230,7 +232,10 @@ def _read(path: Path, key: str) -> Runs | None:
     losses = tensors.pop("losses", None)
     if losses is None or metadata.get("key") != key:
         return None
-    runs = Runs(losses, {name.removeprefix(_METRIC): value for name, value in tensors.items()})
+    try:
+        runs = Runs(losses, {name: tensors[_METRIC + name] for name in json.loads(metadata["metrics"])})
+    except (KeyError, ValueError, TypeError):
+        return None
     return runs if metadata.get("content") == _content(runs) else None
 
 

@@ -18,6 +18,7 @@ _WIDTH, _HEIGHT = 3.6, 2.9
 _COLOURS = {"rule": LEARNED_COLOURS[0], "adam": REFERENCE_COLOUR, "rmsprop": "#009E73"}
 _STREAM_COLOURS = (LEARNED_COLOURS[0], "#0072B2", "#009E73", "#CC79A7", "#999999")
 _SHOWN_CELLS = 40
+_TALLEST = 4.0
 
 
 def draw_all(explanation: Explanation, name: str) -> dict[str, Figure]:
@@ -79,9 +80,12 @@ def draw_response(response: Response, steady: dict[str, float], name: str) -> Fi
             label=name if who == "rule" else who,
             zorder=3 if who == "rule" else 2,
         )
-    if (response.gradients[:EVENT] != response.gradients[EVENT]).all():
+    before = response.gradients[:EVENT]
+    if (before == before[0]).all() and response.gradients[EVENT] != before[0]:
         panel.axvline(EVENT, color=FAINT, linewidth=1, linestyle=(0, (2, 2)))
     panel.axhline(0, color=FAINT, linewidth=0.8)
+    low, high = panel.get_ylim()
+    panel.set_ylim(max(low, -_TALLEST), min(high, _TALLEST))  # RMSprop's first steps are many times its later ones
     panel.set_xlabel("step", color=INK)
     panel.set_ylabel("step down / steady step", color=INK, fontsize=8.5)
     panel.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -97,7 +101,7 @@ def draw_scales(explanation: Explanation) -> Figure:
     panel.loglog(explanation.scales[shown], explanation.scale_updates[shown], color=_COLOURS["rule"], linewidth=2.2)
     if shown.any():
         low, high = explanation.scale_updates[shown].min(), explanation.scale_updates[shown].max()
-        panel.set_ylim(low / 3, high * 3)
+        panel.set_ylim(low / 10, high * 10)
     panel.set_xlabel("gradient", color=INK)
     panel.set_ylabel("update after 50 steps", color=INK)
     tidy(panel)

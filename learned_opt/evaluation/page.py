@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = """
-:root { color-scheme: light; --ink: #222; --faint: #6b6b6b; --line: #dcdcdc; --learned: #fdf1e9; --width: 66rem; }
+:root { color-scheme: light; --ink: #222; --faint: #6b6b6b; --line: #dcdcdc; --learned: #fdf1e9; --width: 72rem; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem 1rem 4rem; max-width: var(--width); color: var(--ink); background: #fff;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
@@ -27,8 +27,8 @@ p.headline { font-size: 1.1rem; }
 nav { font-size: .9rem; margin: .8rem 0; }
 nav a { margin-right: 1rem; color: #0072b2; white-space: nowrap; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .28rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .26rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--faint); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 tr.learned td { background: var(--learned); font-weight: 600; }
@@ -39,14 +39,15 @@ figcaption { margin-bottom: .2rem; }
 .pictures { display: grid; gap: .6rem 1.4rem; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
 .wide { display: grid; gap: .6rem 1.6rem; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }
 .family { break-inside: avoid; border-bottom: 1px solid var(--line); padding-bottom: 1rem; }
-.family .both { display: grid; gap: .4rem 1.4rem; grid-template-columns: minmax(0, 20rem) minmax(0, 1fr); }
+.family .both { display: grid; gap: .4rem 1.4rem; align-items: center;
+  grid-template-columns: minmax(0, 26rem) minmax(0, 1fr); }
 ul.key { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; max-width: none; }
 ul.key li { font-size: .86rem; white-space: nowrap; }
 ul.key svg { vertical-align: middle; margin-right: .35rem; }
 pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; }
 @media (max-width: 52rem) { .family .both { grid-template-columns: minmax(0, 1fr); } body { padding: .6rem .8rem 3rem; }
-  th, td { padding: .3rem .4rem; } h1 { font-size: 1.4rem; } th:first-child, td:first-child { max-width: 9rem;
-  white-space: normal; } }
+  th, td { padding: .3rem .4rem; } h1 { font-size: 1.4rem; } th:first-child, td:first-child { max-width: 7.5rem;
+  white-space: normal; overflow-wrap: break-word; } }
 @media print { @page { size: A4; margin: 14mm; } body { font-size: 10pt; padding: 0; max-width: none; }
   nav { display: none; } .scroll { overflow: visible; } h2 { break-after: avoid; } h3 { break-after: avoid; }
   table { font-size: 6.6pt; break-inside: avoid; } th, td { padding: .12rem .22rem; white-space: normal; }
@@ -59,6 +60,11 @@ pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; backgrou
 def text(value: object) -> str:
     """Any value as text that HTML shows as it is."""
     return html.escape(str(value))
+
+
+def name(value: object) -> str:
+    """A label as text that may break after an underscore."""
+    return text(value).replace("_", "_<wbr>")
 
 
 def paragraph(words: str, kind: str = "") -> str:
@@ -75,7 +81,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], marked: Iterable
         marked: whether each row is a learned optimizer's.
     """
     marks = list(marked)
-    head = "".join(f"<th>{text(name)}</th>" for name in header)
+    head = "".join(f"<th>{name(title)}</th>" for title in header)
     body = "".join(
         f"<tr{_class('learned' if k < len(marks) and marks[k] else '')}>"
         + "".join(one if one.startswith("<td") else f"<td>{one}</td>" for one in row)
@@ -88,7 +94,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], marked: Iterable
 def cell(words: str) -> str:
     """A cell's text, with an interval in brackets set smaller and on a line of its own if it must be."""
     value, bracket, interval = words.partition(" [")
-    return f"{text(value)} <small>[{text(interval)}</small>" if bracket else text(words)
+    return f"{text(value)} <small>[{text(interval)}</small>" if bracket else name(words)
 
 
 def coloured(words: str, colour: str) -> str:

@@ -66,7 +66,7 @@ def build(
         chapters.append((f"learned{k}", f"What {name} has learned", _explanation(name, explanation)))
     chapters.append(("method", "How it is measured", [_bullets(_METHOD)]))
     chapters.append(("settings", "Settings", _settings(comparison, settings or {})))
-    links = "".join(f'<a href="#{identity}">{page.text(name)}</a>' for identity, name, _ in chapters)
+    links = " ".join(f'<a href="#{identity}">{page.text(name)}</a>' for identity, name, _ in chapters)
     parts.append(f"<nav>{links}</nav>")
     parts += [page.section(*chapter) for chapter in chapters]
     return page.page(title, parts)
@@ -80,12 +80,12 @@ def _headlines(comparison: Comparison, sums: Sequence[Total]) -> list[str]:
             continue
         families = {r.family: r for r in comparison.ordered() if r.optimizer == total.optimizer}
         speeds = [r.scores.speedup.value if r.scores and r.scores.speedup else 0.0 for r in families.values()]
-        wall = f", in time {_with_interval(total.wall_speedup)}" if total.wall_speedup else ""
+        wall = f" and {_with_interval(total.wall_speedup)} in time" if total.wall_speedup else ""
         out.append(
             page.paragraph(
-                f"{total.optimizer} takes tuned {comparison.reference}'s way {_with_interval(total.speedup)} times as "
-                f"fast in steps{wall}. It is at least as fast on {sum(s >= 1 for s in speeds)} of {len(speeds)} "
-                f"families; {total.num_diverged} of {total.num_tasks} tasks diverged.",
+                f"{total.optimizer}: speed-up over tuned {comparison.reference} {_with_interval(total.speedup)} in "
+                f"steps{wall}; at least as fast on {sum(s >= 1 for s in speeds)} of {len(speeds)} families; "
+                f"{total.num_diverged} of {total.num_tasks} tasks diverged.",
                 "headline",
             )
         )
@@ -106,7 +106,7 @@ def _suite(comparison: Comparison, sums: Sequence[Total]) -> list[str]:
         intervals = [total.speedup, total.horizon_speedup, *([total.wall_speedup] if timed else [])]
         rows.append(
             [
-                page.text(total.optimizer),
+                page.name(total.optimizer),
                 *(page.cell(_with_interval(i)) for i in (*intervals, total.final_ratio, total.mean_ratio)),
                 f"{total.share_reached:.0%}",
                 f"{format_number(total.worst_speedup, 2)} <small>{page.text(total.worst_family)}</small>",
@@ -144,7 +144,7 @@ def _matrix(comparison: Comparison) -> str:
     names = [name for name in comparison.optimizers if name != comparison.reference]
     rows = []
     for family in comparison.families:
-        row = [page.text(family)]
+        row = [page.name(family)]
         for name in names:
             found = comparison.result(family, name)
             if found is None:
@@ -200,17 +200,13 @@ def _families(comparison: Comparison) -> list[str]:
         # Metrics of other families only would be empty columns here.
         kept = [k for k in range(1, len(header)) if k < 5 or any(row[k] != "-" for row in rows)]
         cells = [[page.cell(row[k]) for k in kept] for row in rows]
+        words = [page.paragraph(f"{description}; {results[0].horizon} steps", "faint")]
+        words += [page.paragraph(f"{r.optimizer}: {r.note}", "note") for r in results if r.note]
+        drawn = page.picture(draw_family(comparison, family), "", alternative=f"loss curves on {family}")
         parts = [
             f"<h3>{page.text(family)}</h3>",
-            page.paragraph(f"{description}; {results[0].horizon} steps", "faint"),
-            page.block(
-                "both",
-                [
-                    page.picture(draw_family(comparison, family), "", alternative=f"loss curves on {family}"),
-                    page.table([header[k] for k in kept], cells, [result.learned for result in results]),
-                ],
-            ),
-            *(page.paragraph(f"{r.optimizer}: {r.note}", "note") for r in results if r.note),
+            page.block("both", [drawn, page.block("", words)]),
+            page.table([header[k] for k in kept], cells, [result.learned for result in results]),
         ]
         out.append(page.block("family", parts))
     return out
@@ -225,7 +221,7 @@ def _times(comparison: Comparison) -> list[str]:
         if not gradients:
             continue
         reference = comparison.result(family, comparison.reference) if comparison.reference else None
-        row = [page.text(family), f"{1e3 * gradients[0]:.3g}"]
+        row = [page.name(family), f"{1e3 * gradients[0]:.3g}"]
         for result in found.values():
             if result is None or result.cost is None:
                 row.append("-")
@@ -250,7 +246,7 @@ def _explanation(name: str, explanation: Explanation) -> list[str]:
     pictures = [page.picture(figure, title) for title, figure in figures.items()]
     rates = {stream: values[np.isfinite(values)] for stream, values in explanation.effective_rates.items()}
     rows = [
-        [page.text(stream), *(format_number(float(values[k]), 3) for k in (0, len(values) // 2, -1))]
+        [page.name(stream), *(format_number(float(values[k]), 3) for k in (0, len(values) // 2, -1))]
         for stream, values in rates.items()
         if len(values)
     ]

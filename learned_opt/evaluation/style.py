@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with every common colour blindness; dashes tell curves apart in black and white.
+# Okabe and Ito's palette, told apart with every common colour blindness, its yellow darkened for lines on white; dashes
+# tell curves apart in black and white.
 LEARNED_COLOURS = ("#D55E00", "#000000", "#E69F00")
 REFERENCE_COLOUR = "#0072B2"
-BASELINE_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#999999", "#F0E442")
+BASELINE_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#999999", "#B5A300")
 DASHES = ((0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 INK, FAINT = "#333333", "#8A8A8A"
 
