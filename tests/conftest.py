@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 # Before anything imports them: the tracker must neither ask for a login nor print, and plots need no display.
 # Assigned, not defaulted: a developer's own settings must not turn a test into an upload.
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["MPLBACKEND"] = "Agg"
+# Kernels are compiled for this run of the tests, once for all its processes: those of xdist inherit the folder.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["LEARNED_OPT_CACHE"] = tempfile.mkdtemp(prefix="learned_opt_tests_")
+for _name in ("LEARNED_OPT_NATIVE", "CXX"):
+    os.environ.pop(_name, None)
 
 import pytest
 import torch
@@ -25,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Add the exceptions to pyproject's `filterwarnings = ["error"]`."""
     for line in _ALLOWED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the compiled kernels; processes of xdist leave that to the one that started them."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["LEARNED_OPT_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -124,6 +124,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "learned_opt.batched",
         "learned_opt.particles",
         "learned_opt.rules.base",
+        "learned_opt.rules.inplace",
         "learned_opt.task",
     ),
     "learned_opt.estimators": (
