@@ -65,7 +65,7 @@ def test_traced_equals_untraced_bit_for_bit(name, dtype):
         batched.losses_and_grads(params, tasks, batch)
         batched.losses(params, tasks, batch)
     assert len(batched._traced) == 2
-    assert all(isinstance(program, torch.fx.GraphModule) for program in batched._traced.values())
+    assert all(callable(program) for program in batched._traced.values())
     fresh = BatchedFamily(FAMILIES[name], dtype=dtype)
     generator = torch.Generator().manual_seed(5)
     for step in (2, 7, 40):
@@ -374,7 +374,7 @@ def test_metrics_that_branch_leave_the_loss_batched():
     assert torch.equal(signs, params.sum(1).sign().float())
     for _ in range(CALLS_BEFORE_TRACE + 1):
         batched.losses(params, tasks, batch)
-    assert any(isinstance(program, torch.fx.GraphModule) for program in batched._traced.values())
+    assert any(callable(program) for program in batched._traced.values())
 
 
 @pytest.mark.parametrize(
