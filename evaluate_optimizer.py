@@ -282,8 +282,8 @@ def run(arguments: Arguments) -> int:
                 on_result=keep,
             )
         explanations = explain_all(arguments, plan, progress)
-    except KeyboardInterrupt:
-        status, explanations = 128 + signal.SIGINT, {}
+    except KeyboardInterrupt as stopped:
+        status, explanations = status_of(stopped), {}
         progress.say("interrupted; the same command goes on from here")
         if not so_far:
             tracker.finish(exit_code=1)
@@ -359,19 +359,24 @@ def report(
         tracker.log_artifact(folder / name, name=f"evaluation-{Path(name).stem}", kind="evaluation")
 
 
+def status_of(stopped: KeyboardInterrupt) -> int:
+    """128 + the number of the signal that stopped the command."""
+    return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+
+
 def main() -> int:
     """The command: 0 when all is done, 2 for bad input, 128 + signal when stopped."""
 
     def stop(number: int, frame: object) -> NoReturn:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         return run(parse(sys.argv[1:]))
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as stopped:
+        return status_of(stopped)
     finally:
         signal.signal(signal.SIGTERM, before)
     return 2

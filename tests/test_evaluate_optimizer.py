@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import sys
 
 import pytest
@@ -79,7 +80,8 @@ def test_everything_is_written_and_a_second_time_nothing_is_computed(command, we
     assert f"runs from the cache: {computed}; computed: 2" in out
 
 
-def test_an_interruption_loses_nothing(command, weights, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_loses_nothing(command, weights, monkeypatch, number):
     arguments = (weights, "--families", "families.yaml", "--baselines", "adam", "sgd", "--explain-families", "-1")
     original = evaluate_optimizer.ComparisonProgress.started
     calls = []
@@ -87,16 +89,17 @@ def test_an_interruption_loses_nothing(command, weights, monkeypatch):
     def started(self, family, optimizer):
         calls.append((family, optimizer))
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         original(self, family, optimizer)
 
     monkeypatch.setattr(evaluate_optimizer.ComparisonProgress, "started", started)
     status, out, _ = command(*arguments)
-    assert status == 130 and "interrupted; the same command goes on from here" in out
+    assert status == 128 + number and "interrupted; the same command goes on from here" in out
     found = results()
     assert not found["complete"] and len(found["comparison"]["results"]) == 3
     with open("out/report.html", encoding="utf-8") as file:
         assert "This comparison is not complete: 3 of 6 results are here." in file.read()
+    # The order of results is that of a run in one go, and what was there is not computed again.
     status, out, _ = command(*arguments)
     assert status == 0 and results()["complete"]
     assert int(re.search(r"runs from the cache: (\d+)", out)[1]) >= 4
@@ -252,3 +255,10 @@ def test_the_default_suite_is_one_that_nothing_is_downloaded_for():
     families, horizons = evaluate_optimizer.load_families(evaluate_optimizer.parse(["adam"]))
     assert all(isinstance(family, TaskFamily) for family in families.values()) and not horizons
     assert evaluate_optimizer.parse(["adam"]).suite == "test_small"
+
+
+def test_no_reference_is_no_obstacle(command, weights, tmp_path):
+    status, out, err = command(weights, "--families", "rosenbrock", "--baselines", "sgd", "--explain-families", "-1")
+    assert status == 0, err
+    assert "over all families" not in out and not (tmp_path / "out" / "speedups.png").exists()
+    assert results()["comparison"]["reference"] == ""

@@ -93,6 +93,23 @@ def test_a_comparison_measures_when_it_is_asked_to():
     assert untimed.results[0].cost is None
 
 
+def test_what_cannot_be_timed_keeps_its_scores(monkeypatch):
+    def fail(*_, **__):
+        raise OverflowError("too much\nof it")
+
+    monkeypatch.setattr(cost, "measure", fail)
+    config = EvaluationConfig(horizon=3, num_tasks=2, seeds=(0,), num_resamples=10, cost_seconds=0.01)
+    result = compare([BASELINES["adam_default"]], {"p": Parabola()}, config).results[0]
+    assert result.scores is not None and result.cost is None
+    assert result.note == "its step could not be timed: OverflowError: too much"
+
+
+def test_prodigy_is_not_driven_to_overflow_by_one_gradient_over_and_over():
+    pytest.importorskip("prodigyopt")
+    setting = cost.prepare(Regression(), seconds=0.01)
+    assert cost.measure(BASELINES["prodigy"], setting, seconds=0.3).step > 0
+
+
 def test_bad_times():
     with pytest.raises(ValueError, match="seconds must be positive and finite; got 0"):
         cost.prepare(Parabola(), seconds=0)

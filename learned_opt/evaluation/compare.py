@@ -241,10 +241,18 @@ def _result(
         # An optimizer is its own reference from the first.
         own = isinstance(candidate, Baseline) and candidate.name == config.reference
         scores = score(losses, runs.metrics, losses if own else reference, config)
-        return dataclasses.replace(result, scores=scores, cost=clock.measure(candidate)), losses
+        result = dataclasses.replace(result, scores=scores)
     except Exception as error:
-        text = (str(error).strip() or "no message").splitlines()[0]
-        return dataclasses.replace(result, scores=None, note=f"could not run: {type(error).__name__}: {text}"), None
+        return dataclasses.replace(result, scores=None, note=f"could not run: {_first_line(error)}"), None
+    try:
+        return dataclasses.replace(result, cost=clock.measure(candidate)), losses
+    except Exception as error:
+        note = f"{result.note}; " if result.note else ""
+        return dataclasses.replace(result, note=f"{note}its step could not be timed: {_first_line(error)}"), losses
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def _run(

@@ -22,6 +22,7 @@ from learned_opt.optimizer import LearnedOptimizer
 from learned_opt.task import TaskFamily, Tensors, draw_batches, draw_task, task_seed
 
 DEFAULT_SECONDS = 0.2
+_RATE = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def measure(candidate: Baseline | Artifact, setting: Setting, *, seconds: float 
     """The cost of a step with this optimizer.
 
     Args:
-        candidate: a baseline, timed at the first of its rates, or a learned optimizer.
+        candidate: a baseline or a learned optimizer.
         setting: what `prepare` returned; its parameters are copied.
         seconds: how long to measure, positive.
     """
@@ -87,9 +88,9 @@ def measure(candidate: Baseline | Artifact, setting: Setting, *, seconds: float 
         params[-1].grad = leaf.grad.clone()
     optimizer: torch.optim.Optimizer
     if isinstance(candidate, Baseline):
-        # At a rate of next to nothing: the time is the same, and no parameter runs away while it is measured.
-        rate = candidate.rates[0] if not candidate.tuned else 1e-12
-        optimizer = candidate.make([{"params": params, "lr": rate}])
+        # At a rate of next to nothing: the time is the same, and neither parameters nor what an optimizer estimates
+        # from them run away while the same gradient comes thousands of times.
+        optimizer = candidate.make([{"params": params, "lr": _RATE}])
     else:
         optimizer = LearnedOptimizer(params, weights=candidate)
     optimizer.step()
