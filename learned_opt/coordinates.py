@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
@@ -348,15 +349,22 @@ class Program:
         return step
 
     def _proposer(self, num_frozen: list[int]) -> Callable[[Chunk], None]:
+        scratch: Scratch = {}
+
         def propose(chunk: Chunk) -> None:
             grads, params, rows, state = self._inputs(chunk)
-            update, new_state = self.rule.update(self.theta, grads, params, state)
-            new_rows = self.layout.from_rule(new_state, grads.shape[0]).to(rows)
-            sound = update.isfinite() & new_rows.isfinite().all(0)
-            chunk.rows.copy_(torch.where(sound, new_rows, rows))
-            update = torch.where(sound, update, 0.0)
+            old_rows = chunk.rows.clone() if rows is chunk.rows else chunk.rows
+            # The same code as an unguarded step: the numbers are equal to the bit.
+            update = update_(self.rule, self.theta, grads, params, state, scratch)
+            # One sum tells that all is finite; it may overflow where nothing else does, so a bad one decides nothing.
+            if not math.isfinite(float(update.sum() + rows.sum())):
+                sound = update.isfinite() & rows.isfinite().all(0)
+                rows.copy_(torch.where(sound, rows, old_rows))
+                update = torch.where(sound, update, 0.0)
+                num_frozen.append(int((~sound).sum()))
+            if rows is not chunk.rows:
+                chunk.rows.copy_(rows)
             torch._foreach_copy_(chunk.updates, list(update.split([u.numel() for u in chunk.updates])))
-            num_frozen.append(int((~sound).sum()))
 
         return propose
 

@@ -95,7 +95,13 @@ def update_(
     Returns:
         The update [n]; valid until the next call with this scratch.
     """
-    if type(rule) is LSTMRule:
+    if isinstance(rule, LSTMRule | MixtureRule):
+        kernel = rule.native_kernel(theta)
+        if kernel is not None:
+            if "flat" not in scratch:
+                scratch["flat"] = native.flatten(theta, rule.names)
+            return kernel.step(scratch["flat"], rule.native_inputs, rule.config.output_scale, grads, state, state)
+    if isinstance(rule, LSTMRule):
         return _lstm_update_(rule, theta, grads, state, scratch)
     update, new_state = rule.update(theta, grads, params, state)
     for name, value in new_state.items():

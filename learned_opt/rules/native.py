@@ -80,11 +80,6 @@ class Inputs:
     eps: float = 0.0
     log_range: float = 1.0
 
-    @functools.cached_property
-    def packed(self) -> ctypes.Array[ctypes.c_float]:
-        """The decays as the kernel reads them."""
-        return (ctypes.c_float * len(self.betas))(*self.betas)
-
 
 def enabled() -> bool:
     """Whether the environment allows compiled kernels."""
@@ -172,7 +167,8 @@ class LSTMKernel:
         """
         sets, n = flat.shape[0], grads.shape[0]
         _check(flat, grads, *state.values(), *after.values())
-        grads, update = grads.contiguous(), torch.empty(n)
+        grads = grads.contiguous()
+        update = torch.empty_like(grads)
         before, spacing = _in_rows(state, n)
         target, target_spacing = (before, spacing) if after is state else _in_rows(after, n)
         averaging = "m" in state
@@ -183,7 +179,7 @@ class LSTMKernel:
             _KINDS[inputs.kind],
             grads.data_ptr(),
             *_averages(before),
-            inputs.packed,
+            _packed(inputs.betas),
             inputs.eps,
             inputs.log_range,
             before["hidden"].data_ptr(),
@@ -288,7 +284,7 @@ class LSTMKernel:
             grads.data_ptr(),
             ld,
             *averages,
-            inputs.packed,
+            _packed(inputs.betas),
             inputs.eps,
             inputs.log_range,
             active.data_ptr() if active is not None else None,
@@ -305,6 +301,12 @@ class LSTMKernel:
         )
         if failed:
             raise MemoryError(f"no memory for going back over {grads.shape[0]} steps of an LSTM rule")
+
+
+@functools.cache
+def _packed(decays: tuple[float, ...]) -> ctypes.Array[ctypes.c_float]:
+    """The decays as the kernel reads them."""
+    return (ctypes.c_float * len(decays))(*decays)
 
 
 def _check(*tensors: torch.Tensor) -> None:
