@@ -15,13 +15,18 @@ import contextlib
 import datetime
 import os
 import platform
+import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -50,17 +55,24 @@ class Ranks:
 
     Attributes:
         rank, size, local_rank, local_size: the arguments.
-        restarts: how often `torchrun` has started this run's processes again.
-        launch: what is common to the processes of one `torchrun` over its restarts; empty without one.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
-        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-        # Without --rdzv-id the id is "none": the process that starts and restarts rank 0 tells launches apart.
-        self.launch = f"{platform.node()}-{os.getppid()}" if run_id == "none" else run_id
         self._buffer_device = torch.device("cpu")
+
+    @property
+    def launch(self) -> str:
+        """The name of the `torchrun` that started this process, and starts it again if need be; empty without one.
+
+        Its number of restarts says less: a machine whose ranks start again because another's failed does not count.
+        """
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return ""
+        began = ""
+        with contextlib.suppress(OSError):  # on Linux: numbers of processes come back, and this tells them apart
+            began = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        return "-".join([os.environ["TORCHELASTIC_RUN_ID"], platform.node(), str(os.getppid()), began])
 
     @property
     def is_first(self) -> bool:
@@ -234,7 +246,8 @@ def start() -> Iterator[Ranks]:
     if "TORCHELASTIC_RUN_ID" in environment:
         threading.Thread(target=_watch_parent, args=(os.getppid(), stop), daemon=True).start()
     with _named():
-        dist.init_process_group(timeout=TIMEOUT)
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
+        dist.init_process_group(store=_fresh(store, rank, size), rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Ranks(
             rank, size, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", size))
@@ -242,6 +255,35 @@ def start() -> Iterator[Ranks]:
     finally:
         stop.set()
         dist.destroy_process_group()
+
+
+def _fresh(store: Store, rank: int, size: int) -> Store:
+    """A part of the store that no earlier start of the same ranks has written to.
+
+    `torchrun` keeps its store over restarts, and a rank that finds there the address of one that was killed waits for
+    nobody. So each rank says hello with a word it has just made up, and the first one answers that very word.
+    """
+    word = secrets.token_hex(8)
+    if rank:
+        store.set(f"hello/{rank}", word)
+        answer = store.get(f"welcome/{rank}/{word}").decode()
+        store.set(f"{answer}/here/{rank}", "")
+        return PrefixStore(answer, store)
+    missing, answered = set(range(1, size)), set()
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"{word}/here/{other}"]):
+                missing.discard(other)
+            elif store.check([f"hello/{other}"]):
+                said = store.get(f"hello/{other}").decode()
+                if (other, said) not in answered:
+                    store.set(f"welcome/{other}/{said}", word)
+                    answered.add((other, said))
+        if time.monotonic() > end:
+            raise RuntimeError(f"ranks {', '.join(map(str, sorted(missing)))} have not come")
+        time.sleep(0.01)
+    return PrefixStore(word, store)
 
 
 def _watch_parent(parent: int, stop: threading.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import itertools
 import os
@@ -64,7 +65,7 @@ class RunFolder:
     @classmethod
     def of_launch(cls, parent: Path, stem: str, launch: str) -> RunFolder | None:
         """The newest of the folders that `new` makes under this name whose run this launch started; None for none."""
-        paths = [path for path in parent.glob(f"{stem}*") if path.is_dir()]
+        paths = [path for path in parent.glob(f"{glob.escape(stem)}*") if launch and path.is_dir()]
         newest_first = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
         return next((folder for folder in map(cls, newest_first) if folder.is_of_launch(launch)), None)
 
@@ -252,9 +253,8 @@ def open_folder(
         folder = RunFolder(Path(resume))
     elif run_dir:
         named = RunFolder(Path(run_dir))
-        again = bool(ranks.restarts) and named.is_of_launch(ranks.launch)
-        folder = named if again or (auto_resume and named.holds_run) else None
-    elif ranks.restarts:
+        folder = named if named.is_of_launch(ranks.launch) or (auto_resume and named.holds_run) else None
+    else:
         folder = RunFolder.of_launch(Path("runs"), stem, ranks.launch)
     if folder is not None:
         folder.resume(settings)
