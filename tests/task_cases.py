@@ -54,7 +54,9 @@ CASES: dict[str, dict[str, Any]] = {
     "char_rnn-gru": {"name": "char_rnn", "hidden": 4, "length": 3, "batch_size": 3, "cell": "gru"},
     "char_transformer": {"name": "char_transformer", "width": 4, "length": 3, "batch_size": 3, "num_layers": 2},
     "sinusoid": {"name": "sinusoid", "hidden": [5, 4], "num_shots": 4, "num_queries": 7},
+    "sinusoid-query": {"name": "sinusoid", "hidden": [5], "num_shots": 4, "num_queries": 7, "judge": "query"},
     "omniglot": {**_OMNIGLOT, "channels": [2, 2]},
+    "omniglot-query": {**_OMNIGLOT, "channels": [2], "norm": "layer", "side": 14, "judge": "query"},
     "omniglot-mlp": {**_OMNIGLOT, "num_shots": 2, "channels": [], "hidden": [3], "rotated": True},
     "recommendation": {"name": "recommendation", "num_users": 6, "num_items": 5, "rank": 2, "num_ratings": 12},
     "user_ratings": {"name": "user_ratings", "ratings_file": str(_RATINGS), "rank": 3, "batch_size": 5},
@@ -67,6 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reparametrized-global": {"name": "reparametrized", "family": _QUADRATIC, "scope": "global", "log_range": 1.0},
     "reparametrized-tensor": {"name": "reparametrized", "family": _DIGITS, "scope": "tensor", "probability": 0.5},
     "loss_scaling": {"name": "loss_scaling", "family": _QUADRATIC},
+    "delayed_gradients": {"name": "delayed_gradients", "family": _DIGITS, "delay": 2},
     "gradient_noise": {"name": "gradient_noise", "family": _DIGITS, "std": 0.1},
     "smaller_batches-text": {"name": "smaller_batches", "family": {"name": "char_rnn", "hidden": 4, "length": 5}},
     "smaller_batches": {"name": "smaller_batches", "family": _DIGITS},
@@ -77,6 +80,16 @@ CASES: dict[str, dict[str, Any]] = {
         "family": {
             "name": "convex_mixing",
             "family": {"name": "gradient_noise", "family": {"name": "reparametrized", "family": _DIGITS}},
+        },
+    },
+    "nested-query": {
+        "name": "loss_scaling",
+        "family": {
+            "name": "convex_mixing",
+            "family": {
+                "name": "reparametrized",
+                "family": {"name": "sinusoid", "hidden": [3], "num_shots": 3, "num_queries": 4, "judge": "query"},
+            },
         },
     },
 }

@@ -9,7 +9,13 @@ import torch
 from torch.func import grad
 
 import tasks
+from learned_opt import estimators, rules
+from learned_opt.batched import BatchedFamily
+from learned_opt.meta_loss import MetaLoss
+from learned_opt.particles import EpisodePlan, Particles, start_particles
 from learned_opt.task import draw_batches, draw_task, task_seed
+from learned_opt.truncation import HorizonSchedule
+from learned_opt.unroll import unroll
 from tasks.augment import Augmentation
 from tests.task_cases import CASES
 
@@ -104,6 +110,55 @@ def test_gradient_noise_is_in_the_gradient_alone():
     all_noise = torch.stack(noise)
     assert float(all_noise.std()) == pytest.approx(0.5, rel=0.1)
     assert float((all_noise[:-1] * all_noise[1:]).mean()) == pytest.approx(0.0, abs=0.03)  # fresh at every step
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_delayed_gradients_are_those_of_earlier_steps(nested):
+    """Gradient descent written out: step t sees the gradient of step t − 2, or the first; resets, cuts and resumes."""
+    inner = tasks.get("spectrum_quadratic", dim=3)
+    family = tasks.get("delayed_gradients", family={"name": "spectrum_quadratic", "dim": 3}, delay=2)
+    if nested:
+        family = tasks.get("delayed_gradients", family=tasks.get("delayed_gradients", family=inner))
+    assert family.gradient_delay == 2
+    batched, rule = BatchedFamily(family, dtype=torch.float64), rules.get("sgd", lr=0.05)
+    theta = {"log_lr": torch.tensor(0.05, dtype=torch.float64).log()}
+    plan = EpisodePlan(split="meta_train", run_seed=0, horizons=HorizonSchedule(longest=6, random_offsets=False))
+    whole, cut = (start_particles(batched, rule, plan, [0, 3]) for _ in range(2))
+    segment = unroll(rule, theta, batched, plan, whole, 14, record="gradients")
+    parts = []
+    for num_steps in (1, 3, 4, 6):
+        parts.append(unroll(rule, theta, batched, plan, cut, num_steps).losses)
+        cut = Particles.from_state_dict(cut.state_dict(), batched, "meta_train")
+    assert torch.equal(torch.cat(parts), segment.losses)
+    assert torch.equal(cut.pending, whole.pending) and torch.equal(cut.grads, whole.grads)
+    for column, particle in enumerate([0, 3]):
+        for episode in range(3):
+            seed, _ = plan.draw(particle, episode)
+            task, params = draw_task(inner, "meta_train", seed)
+            task, params, seen = double(task), double(params), []
+            for t in range(min(6, 14 - 6 * episode)):
+                seen.append(grad(inner.loss)(params, task, {}))
+                old = seen[max(t - 2, 0)]
+                params = {n: v - 0.05 * old[n] for n, v in params.items()}
+                step = 6 * episode + t
+                torch.testing.assert_close(segment.losses[step, column], inner.loss(params, task, {}))
+                torch.testing.assert_close(segment.inputs[step, column], torch.cat([g.flatten() for g in old.values()]))
+                now = grad(inner.loss)(params, task, {})
+                torch.testing.assert_close(
+                    segment.outputs[step, column], torch.cat([g.flatten() for g in now.values()])
+                )
+
+
+def test_delayed_gradients_take_no_exact_backpropagation():
+    family = tasks.get("delayed_gradients", family={"name": "quadratic"})
+    plan = EpisodePlan(split="meta_train", run_seed=0, horizons=HorizonSchedule(longest=4))
+    work = estimators.Workload(
+        rule=rules.get("sgd"), batched=BatchedFamily(family), plan=plan, meta_loss=MetaLoss(), truncation=2
+    )
+    with pytest.raises(ValueError, match="order=2 cannot differentiate through the delayed gradients of delayed_gradi"):
+        estimators.get("backprop", order=2).init(work, {}, [0])
+    with pytest.raises(ValueError, match="delay must be at least 1; got 0"):
+        tasks.get("delayed_gradients", family={"name": "quadratic"}, delay=0)
 
 
 def test_smaller_batches_are_batches_of_fewer_rows():

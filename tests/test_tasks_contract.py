@@ -91,6 +91,26 @@ def test_batched_equals_one_by_one(label):
 
 
 @pytest.mark.parametrize("label", LABELS)
+def test_the_loss_that_judges_is_of_the_family_or_its_loss(label):
+    batched, family = batched_of(label), family_of(label)
+    assert batched.judged_apart == ("query" in label)
+    seeds = seeds_of("meta_train", 2)
+    stacked, params = batched.start("meta_train", seeds)
+    batch = {n: v[0] for n, v in batched.batches(stacked, seeds, [0, 0], 1).items()}
+    losses, grads = batched.judge(params, stacked, batch)
+    for i, seed in enumerate(seeds):
+        single, task, single_batch = one_task(label, "meta_train", seed)
+        leaves = {n: v.clone().requires_grad_() for n, v in single.items()}
+        loss = family.query_loss(leaves, task, single_batch)
+        assert (loss is not None) == batched.judged_apart
+        loss = family.loss(leaves, task, single_batch) if loss is None else loss
+        want = torch.autograd.grad(loss, list(leaves.values()))
+        torch.testing.assert_close(losses[i], loss.detach(), rtol=1e-9, atol=1e-12)
+        flat = torch.cat([g.reshape(-1) for g in want])
+        torch.testing.assert_close(grads[i], flat, rtol=1e-8, atol=1e-10 * float(flat.abs().max()))
+
+
+@pytest.mark.parametrize("label", LABELS)
 def test_gradient_equals_central_differences(label):
     family = family_of(label)
     params, task, batch = one_task(label, "meta_train", seeds_of("meta_train", 1)[0])
@@ -267,6 +287,7 @@ BAD_FIELDS = {
         ({"init": "zeros"}, "init must be one of normal, fan_in; got 'zeros'"),
         ({"init_scale": 0.0}, "init_scale must be positive; got 0.0"),
     ],
+    "sinusoid": [({"judge": "both"}, "judge must be one of support, query; got 'both'")],
     "quadratic": [
         ({"dim": 0}, "dim must be at least 1; got 0"),
         ({"convention": "odd"}, "convention must be one of normal, zero_start, uniform; got 'odd'"),
