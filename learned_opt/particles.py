@@ -134,7 +134,7 @@ def start_particles(
         batch = first(batched.batches(tasks, seeds, [0] * len(ids), 1))
         losses, grads = batched.losses_and_grads(params, tasks, batch)
         initial = batched.judged_losses(params, tasks, batch) if batched.judged_apart else losses.clone()
-        bad = ~(finite(losses, grads) & torch.isfinite(initial))
+        bad = ~torch.isfinite(magnitude(losses, grads) + initial)
         if not bad.any():
             break
         episodes = [e + int(b) for e, b in zip(episodes, bad.tolist())]
@@ -192,9 +192,9 @@ def place(batched: BatchedFamily, particles: Particles, initial: torch.Tensor) -
     return Start(index, params, tasks, batch)
 
 
-def finite(losses: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
-    """[P]: whether loss and squared gradient are finite; rules average squares, and an infinite one never decays."""
-    return torch.isfinite(losses) & torch.isfinite((grads * grads).sum(1))
+def magnitude(losses: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """[P]: |loss| + |gradient|²; finite where both are. Rules average squares, and an infinite one never decays."""
+    return losses.abs() + (grads * grads).sum(1)
 
 
 def restart(

@@ -21,8 +21,8 @@ from learned_opt.particles import (
     as_particles,
     columns_of,
     delay_gradients,
-    finite,
     first,
+    magnitude,
     place,
     restart,
     rule_part,
@@ -229,7 +229,7 @@ def unroll(
     recorder = _Recorder(particles, num_steps, not _outputs_are_inputs(batched)) if record == "gradients" else None
     shape = (num_steps, len(particles))
     losses, initial = particles.losses.new_empty(shape), particles.losses.new_empty(shape)
-    valid = torch.ones(len(particles), dtype=torch.bool, device=batched.device)
+    check = torch.zeros_like(particles.losses)  # not finite as soon as anything was not
     stages: list[Stage] = []
     done = 0
     while done < num_steps:
@@ -245,11 +245,11 @@ def unroll(
         stretch = min([num_steps - done, *(h - s for h, s in zip(particles.horizons, particles.steps) if h >= 0)])
         before = (particles.params, particles.grads, particles.rule_state)
         for k, (loss, grad, batch) in enumerate(inner_steps(batched, particles, stretch, move), start=done):
-            valid &= finite(loss, grad)
+            check += magnitude(loss, grad)
             judged_grad = grad
             if batched.judged_apart:
                 loss, judged_grad = batched.judge(particles.params, particles.tasks, batch)
-                valid &= finite(loss, judged_grad)
+                check += magnitude(loss, judged_grad)
             losses[k], initial[k] = loss, particles.initial
             if recorder is not None:
                 recorder.write(k, particles.grads, judged_grad)
@@ -265,9 +265,10 @@ def unroll(
             if recorder is not None:
                 recorder.cut(particles, over, done)
             if stages:
-                ends = torch.zeros_like(valid)
+                ends = torch.zeros(len(particles), dtype=torch.bool, device=batched.device)
                 ends[over] = True
                 stages[-1] = dataclasses.replace(stages[-1], ends=ends)
+    valid = torch.isfinite(check)
     invalid = (~valid).nonzero().flatten().tolist()
     if invalid and restart_invalid:
         restart(batched, rule, plan, particles, invalid)
