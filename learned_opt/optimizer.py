@@ -183,7 +183,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
         state[STEP] = torch.zeros((), dtype=torch.float32)
         if self.guard is not None:
-            guards.init_state(state, param, dtype)
+            guarded.init_state(state, param, compute_dtype(param))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, loss: float | torch.Tensor | None = None) -> Any:
@@ -251,12 +251,18 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     def _step_guarded(self, work: Sequence[Any], loss: float | torch.Tensor | None) -> None:
         assert self.guard is not None and self.watch is not None
+        value = None
         if loss is not None:
-            before = self.watch.num_fallbacks
-            action = self.watch.observe(float(loss) * (-1 if self.param_groups[0]["maximize"] else 1), self.guard)
+            value = float(loss) * (-1 if self.param_groups[0]["maximize"] else 1)
+            before, learned = self.watch.num_fallbacks, self.watch.learned
+            action = self.watch.observe(value, self.guard)
             for param, state in self.state.items():
-                if action != "go on" and guards.ACCEPTED in state:
-                    (guards.accept if action == "accept" else guards.restore)(param, state)
+                if guarded.ACCEPTED not in state:
+                    continue
+                if action != "go on":
+                    (guarded.accept if action == "accept" else guarded.restore)(param, state)
+                if learned and not self.watch.learned:
+                    guarded.restart_adam(state)
             if self.watch.num_fallbacks > before == 0:
                 guards.announce()
             if action == "restore":
@@ -265,7 +271,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         proposals = [
             pair for group, params, grads, steps in work for pair in self._programs(group, params, grads, steps)
         ]
-        if guarded.step(proposals, lambda e, p: p.propose(self._chunks(e, p)), self.watch, self.guard):
+        if guarded.step(proposals, lambda e, p: p.propose(self._chunks(e, p)), self.watch, self.guard, value):
             for entries, _ in proposals:
                 _put_back(entries)
             for _, _, _, steps in work:

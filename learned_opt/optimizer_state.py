@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from learned_opt import guard
-from learned_opt.coordinates import STEP
+from learned_opt import guarded
+from learned_opt.coordinates import STEP, compute_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def adopt_all(
 
 def adopt(saved: dict[str, Any], index: Any, owner: Owner) -> dict[str, Any]:
     """A copy of one parameter's saved state, in its owner's dtype and on its device."""
-    expected, optional = [*owner.keys, STEP], [*guard.KEYS, guard.ADAM_STEP]
+    expected, optional = [*owner.keys, STEP], [*guarded.KEYS, guarded.ADAM_STEP]
     missing = [key for key in expected if key not in saved]
     unknown = [key for key in saved if key not in [*expected, *optional]]
     if missing or unknown:
@@ -79,11 +79,11 @@ def adopt(saved: dict[str, Any], index: Any, owner: Owner) -> dict[str, Any]:
     out = {key: _tensor(saved[key], key, index, param, owner.dtype) for key in owner.keys}
     out[STEP] = _number(saved[STEP])
     if owner.guarded:
-        guard.init_state(out, param, owner.dtype)
-        if guard.ADAM_STEP in saved:
-            for key in guard.KEYS:
+        guarded.init_state(out, param, compute_dtype(param))
+        if guarded.ADAM_STEP in saved:
+            for key in guarded.KEYS:
                 out[key] = _tensor(saved[key], key, index, param, out[key].dtype)
-            out[guard.ADAM_STEP] = _number(saved[guard.ADAM_STEP])
+            out[guarded.ADAM_STEP] = _number(saved[guarded.ADAM_STEP])
     return out
 
 

@@ -11,7 +11,7 @@ from optimizer_cases import LSTM_NAMES, artifact_of, assert_same, assert_same_st
 from torch import nn
 
 from learned_opt import Artifact, LearnedOptimizer, rules
-from learned_opt.guard import GuardConfig, Watch, clip_to
+from learned_opt.guard import GuardConfig, Watch
 
 SAYS_SO = "the learned optimizer made no progress here or made the loss worse; Adam takes over for a stretch"
 
@@ -35,6 +35,10 @@ def run(model_and_loss, make, num_steps):
         else:
             optimizer.step()
     return loss.start, loss.final(), optimizer
+
+
+RECKLESS = GuardConfig(trust=1e9, cautious_trust=1e9)
+"""Clips nothing, so that the losses alone decide."""
 
 
 class Loss:
@@ -127,14 +131,15 @@ def test_without_the_guard_the_wild_optimizer_diverges():
     assert not after < 1e6
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.02])
 @pytest.mark.parametrize("name", LSTM_NAMES)
-def test_costs_nothing_where_all_goes_well(name):
+def test_changes_no_bit_where_all_goes_well(name, noise):
     outcomes = []
     for guard in (False, True):
-        _, after, optimizer = run(regression(), lambda p, g=guard: LearnedOptimizer(p, artifact_of(name), guard=g), 60)
-        outcomes.append(after)
-    assert optimizer.watch.num_fallbacks == 0
-    assert outcomes[1] <= 1.03 * outcomes[0]
+        params, loss = regression(noise=noise)
+        run((params, loss), lambda p, g=guard: LearnedOptimizer(p, artifact_of(name), guard=g, weight_decay=1e-3), 60)
+        outcomes.append(params)
+    assert_same(*outcomes)
 
 
 def test_same_steps_without_a_loss():
@@ -198,15 +203,9 @@ def test_updates_are_clipped_to_a_multiple_of_adams():
     assert optimizer.watch.num_clipped == 3
 
 
-def test_clip_leaves_small_updates_alone():
-    update = torch.tensor([3.0, 4.0])
-    assert not clip_to(update, torch.tensor([1.0]), 5.0) and update.tolist() == [3.0, 4.0]
-    assert clip_to(update, torch.tensor([1.0]), 1.0) and update.tolist() == pytest.approx([0.6, 0.8])
-
-
 def test_fallback_is_adam_and_is_said_once():
     param, reference = nn.Parameter(torch.tensor([0.5])), nn.Parameter(torch.tensor([0.5]))
-    optimizer = LearnedOptimizer([param], wild(), guard=GuardConfig(trust=1e9))
+    optimizer = LearnedOptimizer([param], wild(), guard=RECKLESS)
 
     def steps(num_steps):
         for _ in range(num_steps):
@@ -235,7 +234,7 @@ def test_fallback_is_adam_and_is_said_once():
 
 def test_closure_gives_the_loss():
     param = nn.Parameter(torch.tensor([0.5]))
-    optimizer = LearnedOptimizer([param], wild(), guard=GuardConfig(trust=1e9))
+    optimizer = LearnedOptimizer([param], wild(), guard=RECKLESS)
 
     def closure():
         optimizer.zero_grad()
@@ -258,14 +257,14 @@ def test_resume_to_the_bit_in_the_middle_of_a_fallback():
             optimizer.step(loss=value.detach())
 
     params, loss = steep()
-    optimizer = LearnedOptimizer(params, wild(), guard=GuardConfig(trust=1e9))
+    optimizer = LearnedOptimizer(params, wild(), guard=RECKLESS)
     steps(params, loss, optimizer, 0, 15)
     assert optimizer.watch.num_fallbacks and not optimizer.watch.learned
     again, its_loss = steep()
     with torch.no_grad():
         for new, old in zip(again, params):
             new.copy_(old)
-    resumed = LearnedOptimizer(again, wild(), guard=GuardConfig(trust=1e9))
+    resumed = LearnedOptimizer(again, wild(), guard=RECKLESS)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert resumed.watch == optimizer.watch
     steps(params, loss, optimizer, 15, 80)
@@ -293,7 +292,7 @@ def observe_all(watch, losses, **config):
 def test_watch_accepts_progress_and_restores_after_ruin():
     watch = Watch()
     assert observe_all(watch, [10.0]) == ["accept"]
-    assert observe_all(watch, [9.0 - 0.1 * i for i in range(9)])[-1] == "accept" and watch.learned
+    assert observe_all(watch, [9.0 - 0.1 * i for i in range(10)])[-1] == "accept" and watch.learned
     assert observe_all(watch, [float("nan")]) == ["restore"]
     assert not watch.learned and watch.adam_steps == 20
 
@@ -308,16 +307,16 @@ def test_watch_stretch_grows_with_failures_in_a_row_and_shrinks_with_success():
         observe_all(watch, [5.0] * watch.adam_steps)
         assert watch.learned
     assert stretches == [20, 80, 320]
-    observe_all(watch, [5.0 - 0.1 * i for i in range(10)])
+    observe_all(watch, [5.0 - 0.1 * i for i in range(32)])
     assert watch.num_failed == 2 and watch.num_fallbacks == 3
 
 
 def test_watch_loses_patience_with_a_plateau():
     generator = torch.Generator().manual_seed(0)
     watch = Watch()
-    noise = torch.randn(60, generator=generator).tolist()
+    noise = torch.randn(90, generator=generator).tolist()
     actions = observe_all(watch, [5 + 0.1 * n for n in noise])
-    assert "restore" in actions and 20 <= actions.index("restore") <= 40
+    assert "restore" in actions and 30 <= actions.index("restore") <= 75
 
 
 def test_watch_is_patient_with_slow_progress():
@@ -331,7 +330,7 @@ def test_watch_bears_non_finite_losses_of_adam():
     observe_all(watch, [10.0, float("-inf")])
     assert not watch.learned
     actions = observe_all(watch, [5.0, float("nan")] * 10)
-    assert set(actions) == {"go on"} and watch.learned and watch.level is None
+    assert set(actions) == {"go on"} and watch.learned and watch.level == 10.0
 
 
 def test_watch_compares_with_where_adam_got_to():
@@ -341,6 +340,104 @@ def test_watch_compares_with_where_adam_got_to():
     assert watch.learned and watch.level == pytest.approx(7.1)
     # Standing still there is no progress, although Adam's last window was higher on average.
     assert observe_all(watch, [7.1] * 10)[-1] == "restore"
+
+
+def noisy(levels, std, seed=0):
+    noise = torch.randn(len(levels), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [level + std * n for level, n in zip(levels, noise)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_watch_is_not_fooled_by_noisy_batches(seed):
+    # Losses of small batches: the noise of one is as large as what ten steps gain.
+    watch = Watch()
+    losses = noisy([2.3 * 0.99**step + 0.1 for step in range(400)], 0.25, seed)
+    assert "restore" not in observe_all(watch, losses) and watch.num_fallbacks == watch.num_trials == 0
+
+
+def test_watch_gives_adam_a_trial_where_learned_steps_stand_still():
+    watch = Watch()
+    for loss in noisy([1 + 9 * 0.8**step for step in range(200)], 1e-3):
+        if not watch.trial:
+            observe_all(watch, [loss])
+    assert watch.num_trials == 1 and watch.num_fallbacks == 0 and watch.adam_steps == 20
+    # What Adam gains stays, and so does Adam.
+    actions = observe_all(watch, noisy([1 - 0.01 * step for step in range(20)], 1e-3))
+    assert "restore" not in actions and not watch.trial and watch.num_fallbacks == 1 and watch.adam_steps >= 18
+
+
+def test_watch_forgets_a_trial_that_gained_nothing():
+    watch = Watch()
+    steps = 0
+    while not watch.trial:
+        observe_all(watch, [1 + 9 * 0.8**steps])
+        steps += 1
+    observe_all(watch, [1.0] * watch.adam_steps)
+    assert watch.learned and watch.num_vain == 1 and watch.num_fallbacks == 0
+    more = 0
+    while not watch.trial:
+        observe_all(watch, [1.0])
+        more += 1
+    assert more >= 60 and watch.num_trials == 2
+
+
+@pytest.mark.parametrize("promised", [0.0, 0.02])
+def test_watch_compares_slow_progress_with_what_adam_promises(promised):
+    watch = Watch()
+    for step in range(60):
+        loss = 5 - 0.01 * step
+        watch.observe(loss, GuardConfig())
+        if watch.learned:
+            watch.hear(0.01, promised, loss, GuardConfig())
+    assert watch.num_trials == (1 if promised else 0)
+
+
+def test_watch_tightens_the_trust_region():
+    config, watch = GuardConfig(trust=500.0), Watch()
+    assert watch.trust(config) == 500
+    watch.hear(0.3, 0.0, 1.0, config)
+    assert watch.trust(config) == 500
+    watch.hear(0.7, 0.0, 1.0, config)
+    assert watch.cautious and watch.trust(config) == 10
+    watch.num_failed = 1
+    assert watch.trust(config) == 1
+    late = Watch(num_steps=10)
+    late.hear(0.7, 0.0, 1.0, config)
+    assert not late.cautious
+
+
+def test_watch_keeps_few_losses():
+    watch = Watch()
+    observe_all(watch, [10.0, float("inf")])
+    watch.adam_steps = 2000
+    observe_all(watch, [5.0] * 1999)
+    assert len(watch.losses) <= 500
+
+
+def test_watch_of_another_version_can_be_read():
+    assert Watch.loads('{"num_steps": 3, "what_is_this": 1}') == Watch(num_steps=3)
+
+
+def test_moments_of_the_guard_stay_in_full_precision():
+    param = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = LearnedOptimizer([param], artifact_of("compact"), guard=True, state_dtype=torch.bfloat16)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    state = optimizer.state[param]
+    assert state["guard.v"].dtype == torch.float32 and state["m"].dtype == torch.bfloat16
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.state[param]["guard.v"].dtype == torch.float32
+
+
+def test_several_dtypes_under_one_guard():
+    params = [nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    optimizer = LearnedOptimizer(params, artifact_of("compact"), guard=True)
+    for _ in range(3):
+        loss = sum(p.float().square().sum() for p in params)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss.detach())
+    assert all((p < 1).all() for p in params) and optimizer.watch.num_clipped == 0
 
 
 def test_watch_waits_for_a_first_finite_loss():
@@ -354,6 +451,9 @@ def test_watch_waits_for_a_first_finite_loss():
         ({"adam_lr": 0.0}, "guard adam_lr must be positive and finite; got 0.0"),
         ({"significance": float("inf")}, "guard significance must be positive and finite; got inf"),
         ({"trust": 0.5}, "guard trust must be at least 1; got 0.5"),
+        ({"cautious_trust": 0.0}, "guard cautious_trust must be at least 1; got 0.0"),
+        ({"promise": -1.0}, "guard promise must be positive and finite; got -1.0"),
+        ({"slow": 2.0}, r"guard slow must lie in \[0, 1\]; got 2.0"),
         ({"least_progress": 1.0}, r"guard least_progress must lie in \[0, 1\); got 1.0"),
         ({"window": 1}, "guard window must be at least 2; got 1"),
         ({"patience": 0}, "guard patience must be at least 1; got 0"),
