@@ -53,6 +53,19 @@ def test_the_interval_is_that_of_a_plain_loop():
     assert stratified_bootstrap(strata, seed=1) == stratified_bootstrap(strata, seed=1)
 
 
+def test_the_numbers_of_rliable():
+    # What rliable 1.2.0 gives for this table of 12 runs × 7 tasks: aggregate_iqm with its stratified bootstrap of
+    # 20,000 resamples, and the profile with one of 5,000.
+    scores = np.exp(np.random.default_rng(0).normal(size=(12, 7)) + np.arange(7) * 0.3)
+    got = stratified_bootstrap(list(scores.T), num_resamples=20_000)
+    assert got.value == pytest.approx(2.55740715, rel=1e-8)
+    assert (got.low, got.high) == pytest.approx((2.08697911, 3.25017296), rel=0.01)
+    found = performance_profile(list(scores.T), [0.5, 1, 2, 4], num_resamples=5000)
+    assert found.share == pytest.approx([0.97619048, 0.8452381, 0.55952381, 0.28571429])
+    assert found.low == pytest.approx([0.94047619, 0.77380952, 0.46428571, 0.20238095], abs=1.5 / 84)
+    assert found.high == pytest.approx([1.0, 0.91666667, 0.6547619, 0.36904762], abs=1.5 / 84)
+
+
 def test_performance_profile_counts():
     found = performance_profile([[0.5, 1.0], [2.0, 4.0]], [0.1, 1.0, 1.5, 4.0, 9.0])
     assert found.share == (1.0, 0.75, 0.5, 0.25, 0.0)
