@@ -2,15 +2,18 @@
 
 import json
 import re
+import shlex
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import evaluate_optimizer
+import tasks
 from learned_opt import rules, save_artifact
-from learned_opt.evaluation import BASELINES
+from learned_opt.evaluation import BASELINES, find
 from learned_opt.task import TaskFamily
 
 FAMILIES = """
@@ -269,3 +272,22 @@ def test_no_reference_is_no_obstacle(command, weights, tmp_path):
     assert status == 0, err
     assert "over all families" not in out and not (tmp_path / "out" / "speedups.png").exists()
     assert results()["comparison"]["reference"] == ""
+
+
+def test_what_the_docs_show_works(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^python evaluate_optimizer.py.*", text, re.M)]
+    assert len(commands) == 4
+    parsed = [evaluate_optimizer.parse(words[2:]) for words in commands]
+    assert parsed[1].optimizers == ("mine=a.safetensors", "old=b.safetensors") and parsed[1].horizons == (200, 1000)
+    described = re.search(r"```yaml\n(.*?)```", text, re.S)[1]
+    (tmp_path / "my_families.yaml").write_text(described)
+    found, horizons = evaluate_optimizer.read_families(tmp_path / "my_families.yaml")
+    assert tasks.build(found)["small digits"].hidden == (20,) and horizons == {"long quadratics": 2000}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_optimizers.py").write_text(re.search(r"```python\n(.*?)```", text, re.S)[1])
+    names = parsed[3].baselines
+    baselines = [find(name) for name in names]
+    assert [baseline.name for baseline in baselines] == ["adam", "nadam", "RAdam"]
+    assert baselines[1].make([torch.zeros(1, requires_grad=True)]).defaults["betas"] == (0.8, 0.99)
