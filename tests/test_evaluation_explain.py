@@ -20,6 +20,7 @@ from learned_opt.evaluation.explain import (
 )
 from learned_opt.evaluation.memory import FEATURES, memory, rank_correlations
 from learned_opt.evaluation.replay import Replay, effective_rate, reference_updates, replay
+from tasks.augment import DelayedGradients
 from tasks.quadratic import Quadratic
 
 
@@ -124,6 +125,12 @@ def test_a_recorded_run_has_the_gradients_of_the_closed_form():
     np.testing.assert_allclose(ratio, np.full_like(ratio, ratio[0, 0]), rtol=1e-9)
     assert 1 - 0.5 * 1.5 <= ratio[0, 0] <= 1 - 0.5 * 0.5
     np.testing.assert_allclose(found.updates, -0.5 * found.gradients, rtol=1e-6)
+
+
+def test_a_recorded_run_has_the_gradients_that_the_rule_saw():
+    delayed = trace(*SGD, DelayedGradients(family=Parabola(curvature=0.2), delay=3), 8, num_tasks=1)
+    np.testing.assert_allclose(delayed.updates, -0.5 * delayed.gradients, rtol=1e-6)
+    assert (delayed.gradients[:4] == delayed.gradients[0]).all() and (np.diff(delayed.gradients[3:, 0]) != 0).all()
 
 
 def test_rank_correlations_are_spearman_s():

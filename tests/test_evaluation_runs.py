@@ -10,6 +10,7 @@ from learned_opt import rules
 from learned_opt.batched import BatchedFamily
 from learned_opt.evaluation import BASELINES, run_rule, run_torch_optimizer
 from learned_opt.task import draw_batches, draw_task, task_seed
+from tasks.augment import DelayedGradients
 from tasks.quadratic import Quadratic
 
 DOUBLE = torch.float64
@@ -95,6 +96,22 @@ def test_an_optimizer_that_couples_coordinates_gets_true_shapes():
         torch.testing.assert_close(apart[:, column], want, rtol=1e-10, atol=0)
     stacked = run_torch_optimizer(NormalizedDescent, batched, (0.05, 0.2), **options).losses
     assert not torch.allclose(stacked, apart), "the stacked run should differ, or the option would be pointless"
+
+
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_gradients_that_lag_behind_do_so_for_every_task_and_rate(elementwise):
+    family = DelayedGradients(family=Parabola(), delay=2)
+    options = dict(split="meta_test", seeds=(0, 1), num_tasks=2, horizon=9, elementwise=elementwise)
+    got = run_torch_optimizer(torch.optim.SGD, BatchedFamily(family, dtype=DOUBLE), (0.1, 0.3), **options).losses
+    for column, rate in enumerate((0.1, 0.3)):
+        for row, (seed, index) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+            task, params = draw_task(family, "meta_test", task_seed("meta_test", seed, index, 0))
+            places = [float(params["theta"])]
+            for step in range(9):
+                old = places[max(step - 2, 0)]
+                places.append(places[-1] - rate * float(task["a"]) * (old - float(task["c"])))
+            want = float(task["a"]) / 2 * (torch.tensor(places, dtype=DOUBLE) - task["c"]).square()
+            torch.testing.assert_close(got[:, column, row], want, rtol=1e-9, atol=1e-15)
 
 
 def test_adam_rule_and_torch_adam_are_one_optimizer():

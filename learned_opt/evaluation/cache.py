@@ -179,6 +179,7 @@ def fingerprint(family: TaskFamily) -> str:
     except (TypeError, ValueError):
         # Modules and data sets have no plain configuration; what they compute names them.
         digest.update(family.name.encode())
+    digest.update(f"delay {family.gradient_delay}".encode())
     shared = family.shared_data()
     _add(digest, shared)
     for split in SPLITS:
