@@ -283,7 +283,7 @@ class Program:
         """Put the updates where the chunks say, zero where an update or the new state is not finite; moves state alone.
 
         Returns:
-            The number of such coordinates; their state is left as it was.
+            The number of such coordinates; their state stays what it was, or not finite if it was that.
         """
         num_frozen: list[int] = []
         self._run(lambda: self._proposer(num_frozen), work)
@@ -353,13 +353,16 @@ class Program:
 
         def propose(chunk: Chunk) -> None:
             grads, params, rows, state = self._inputs(chunk)
-            old_rows = chunk.rows.clone() if rows is chunk.rows else chunk.rows
+            # From finite gradients and a finite state an LSTM gets to a finite state: its gates are bounded.
+            bounded = isinstance(self.rule, LSTMRule)
+            old_rows = chunk.rows.clone() if rows is chunk.rows and not bounded else chunk.rows
             # The same code as an unguarded step: the numbers are equal to the bit.
             update = update_(self.rule, self.theta, grads, params, state, scratch)
             # One sum tells that all is finite; it may overflow where nothing else does, so a bad one decides nothing.
-            if not math.isfinite(float(update.sum() + rows.sum())):
+            if not math.isfinite(float(update.sum() if bounded else update.sum() + rows.sum())):
                 sound = update.isfinite() & rows.isfinite().all(0)
-                rows.copy_(torch.where(sound, rows, old_rows))
+                if rows is not old_rows:
+                    rows.copy_(torch.where(sound, rows, old_rows))
                 update = torch.where(sound, update, 0.0)
                 num_frozen.append(int((~sound).sum()))
             if rows is not chunk.rows:
