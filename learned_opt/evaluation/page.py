@@ -48,6 +48,7 @@ pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; backgrou
 @media (max-width: 52rem) { .family .both { grid-template-columns: minmax(0, 1fr); } body { padding: .6rem .8rem 3rem; }
   th, td { padding: .3rem .4rem; } h1 { font-size: 1.4rem; } th:first-child, td:first-child { max-width: 7.5rem;
   white-space: normal; overflow-wrap: break-word; } }
+@media screen and (min-width: 52rem) { td wbr { display: none; } }
 @media print { @page { size: A4; margin: 14mm; } body { font-size: 10pt; padding: 0; max-width: none; }
   nav { display: none; } .scroll { overflow: visible; } h2 { break-after: avoid; } h3 { break-after: avoid; }
   table { font-size: 6.6pt; break-inside: avoid; } th, td { padding: .12rem .22rem; white-space: normal; }
