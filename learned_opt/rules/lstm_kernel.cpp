@@ -86,7 +86,7 @@ inline Vec tanh_(Vec x) {
 }
 
 // exp(x) - 1 where x <= 0, which is 2 t / (1 - t) with t = tanh(x / 2); x elsewhere.
-inline Vec elu(Vec x) {
+[[maybe_unused]] inline Vec elu(Vec x) {
   Vec p, q;
   tanh_parts(0.5f * x, p, q);
   const Vec negative = divide(2.0f * p, q - p);
@@ -267,6 +267,14 @@ inline void load_row(const float* from, int width, float* to) {
   else
     for (int j = 0; j < WIDTH; ++j) to[j] = j < width ? from[j] : 0.0f;
 }
+// Rows are far apart, so that the processor does not see the next block coming: it is told. A block's row may lie across
+// three cache lines.
+template <int WRITE>
+inline void fetch_next(const float* row) {
+  constexpr int LINE = 64 / sizeof(float);
+  for (int j = 0; j < WIDTH; j += LINE) __builtin_prefetch(row + WIDTH + j, WRITE);
+  __builtin_prefetch(row + 2 * WIDTH - 1, WRITE);
+}
 inline void store_row(const float* from, int width, float* to) { std::memcpy(to, from, width * sizeof(float)); }
 
 void load_averages(const Inputs& in, ptrdiff_t column, int width, Averages& a) {
@@ -331,6 +339,7 @@ void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a,
   }
   alignas(64) float g[WIDTH];
   load_row(in.grads + t * in.ld + column, width, g);
+  fetch_next<0>(in.grads + t * in.ld + column);
   if (in.kind == LOG_AND_SIGN) {
     const float least = std::exp(-in.range), largest = std::exp(in.range);
     for (int j = 0; j < WIDTH; ++j) {
@@ -448,8 +457,8 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
       const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
       load_row(hidden + at, width, recurrent + h * WIDTH);
       load_row(cells + at, width, s.cells + h * WIDTH);
-      __builtin_prefetch(hidden + at + WIDTH);
-      __builtin_prefetch(cells + at + WIDTH);
+      fetch_next<0>(hidden + at);
+      fetch_next<0>(cells + at);
     }
     if (l == 0) multiply<GATES, joined_of(0), true>(w.forward[l], w.bias[l], s.joined[l], s.gates);
     else multiply<GATES, joined_of(1), true>(w.forward[l], w.bias[l], s.joined[l], s.gates);
@@ -459,6 +468,10 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
       const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * out_ld + column;
       store_row(above + h * WIDTH, width, after.hidden + at);
       store_row(s.cells + h * WIDTH, width, after.cells + at);
+      if (after.hidden != hidden) {
+        fetch_next<1>(after.hidden + at);
+        fetch_next<1>(after.cells + at);
+      }
     }
   }
   read_out(w, s.top, s.x + FEATURES * WIDTH, in.range, scale, s.y, s.out);
@@ -513,6 +526,8 @@ void replay(const Weights& w, const Inputs& in, const float* hidden, const float
       const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
       load_row(hidden + at, width, tape.joined[l] + (slot * joined_of(l) + inputs_of(l) + h) * WIDTH);
       load_row(cells + at, width, tape.cells[l] + (slot * HIDDEN + h) * WIDTH);
+      fetch_next<0>(hidden + at);
+      fetch_next<0>(cells + at);
     }
   for (int t = slot; t < slot + steps; ++t) {
     float* x = tape.x + t * ROWS * WIDTH;
@@ -551,6 +566,8 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
       if (outward.hidden_in) {
         load_row(outward.hidden_in + at, width, d_hidden[l] + h * WIDTH);
         load_row(outward.cells_in + at, width, d_cell[l] + h * WIDTH);
+        fetch_next<1>(outward.hidden_in + at);
+        fetch_next<1>(outward.cells_in + at);
       } else {
         std::memset(d_hidden[l] + h * WIDTH, 0, WIDTH * sizeof(float));
         std::memset(d_cell[l] + h * WIDTH, 0, WIDTH * sizeof(float));
@@ -559,6 +576,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
   std::memset(later, 0, sizeof later);
   for (int t = slot + steps - 1; t >= slot; --t) {
     load_row(cotangents + (t - slot) * cotangent_ld + column, width, row);
+    fetch_next<0>(cotangents + (t - slot) * cotangent_ld + column);
     float *y = tape.y + t * OUTPUTS * WIDTH, *active = tape.active + t * WIDTH, *update = tape.update + t * WIDTH;
     const float *top = tape.top + t * HIDDEN * WIDTH, *directions = tape.x + (t * ROWS + FEATURES) * WIDTH;
     for (int j = 0; j < WIDTH; ++j) {
