@@ -39,7 +39,7 @@ from learned_opt.coordinates import (
     local,
 )
 from learned_opt.guard import GuardConfig, Watch
-from learned_opt.optimizer_checks import check_group, check_param, check_settings
+from learned_opt.optimizer_checks import check_group, check_param, check_settings, number_of
 from learned_opt.task import Tensors
 
 Weights = str | os.PathLike[str] | Artifact
@@ -198,6 +198,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a guarded step is to be compiled.
+            ValueError: the guard is given a loss that is not one number; nothing has been changed then.
         """
         result = None
         if closure is not None:
@@ -253,7 +254,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         assert self.guard is not None and self.watch is not None
         value = None
         if loss is not None:
-            value = float(loss) * (-1 if self.param_groups[0]["maximize"] else 1)
+            value = number_of(loss) * (-1 if self.param_groups[0]["maximize"] else 1)
             before, learned = self.watch.num_fallbacks, self.watch.learned
             action = self.watch.observe(value, self.guard)
             for param, state in self.state.items():

@@ -24,11 +24,22 @@ def check_settings(state_dtype: torch.dtype | None, chunk_size: int | None, guar
         raise ValueError(f"guard must be True, False or a GuardConfig; got {guard!r}")
 
 
+def number_of(loss: object) -> float:
+    """The loss as a number, or ValueError if it is not one."""
+    try:
+        return float(loss)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+        raise ValueError(f"loss must be a number or a real tensor with one element; got {got}") from None
+
+
 def check_group(values: dict[str, Any]) -> None:
     """Raise ValueError if the values of a parameter group are out of range."""
     lr = values["lr"]
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise ValueError(f"a tensor lr must have one element; got shape {tuple(lr.shape)}")
+    if isinstance(lr, torch.Tensor) and lr.is_complex():
+        raise ValueError(f"a tensor lr must be real; got {lr.dtype}")
     for name in ("lr", "weight_decay"):
         value = values[name]
         number = float(value) if isinstance(value, (int, float, torch.Tensor)) else math.nan

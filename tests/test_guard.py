@@ -470,6 +470,25 @@ def test_guard_argument_is_checked():
         LearnedOptimizer(model_of().parameters(), "adam", guard=3)
 
 
+@pytest.mark.parametrize(
+    ("loss", "got"), [(torch.ones(2), r"a tensor of shape \(2,\)"), ("much", "'much'"), (torch.tensor(1j), "a tensor")]
+)
+def test_loss_is_checked(loss, got):
+    model = model_of()
+    optimizer = LearnedOptimizer(model.parameters(), artifact_of("compact"), guard=True)
+    before = copies(model.parameters())
+    loss_of(model).backward()
+    with pytest.raises(ValueError, match=f"loss must be a number or a real tensor with one element; got {got}"):
+        optimizer.step(loss=loss)
+    assert_same(before, model.parameters())
+    assert optimizer.watch == Watch()
+
+
+def test_a_complex_rate_is_refused():
+    with pytest.raises(ValueError, match="a tensor lr must be real; got torch.complex64"):
+        LearnedOptimizer(model_of().parameters(), "adam", lr=torch.tensor(1j))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by dynamo, on first use
 def test_guarded_step_cannot_be_compiled():
     torch._dynamo.reset()
