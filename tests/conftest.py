@@ -50,3 +50,9 @@ def _seeded() -> None:
 def generator() -> torch.Generator:
     """A CPU generator with a fixed seed."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(params=["0", "1"], ids=["plain", "native"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that asks for this runs without compiled kernels and with them, where there is a compiler."""
+    monkeypatch.setenv("LEARNED_OPT_NATIVE", request.param)

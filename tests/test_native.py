@@ -271,9 +271,8 @@ def test_a_compiler_that_fails_leaves_plain_torch(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("switch", ["0", "1"])
-def test_meta_gradients_in_float32(rule, order, switch, monkeypatch):
-    monkeypatch.setenv("LEARNED_OPT_NATIVE", switch)
+@pytest.mark.usefixtures("kernels")
+def test_meta_gradients_in_float32(rule, order):
     results = []
     for dtype in (torch.float32, torch.float64):
         theta = {n: v.to(dtype) for n, v in theta_of(rule).items()}

@@ -238,6 +238,7 @@ def test_default_weights_are_the_shipped_ones(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", RULE_NAMES)
+@pytest.mark.usefixtures("kernels")
 def test_in_place_step_is_the_pure_one(name, dtype):
     made = artifact_of(name)
     theta = {n: v.to(dtype) for n, v in made.theta.items()}

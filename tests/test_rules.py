@@ -136,6 +136,7 @@ def test_coordinates_without_gradient_never_move(rule):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.usefixtures("kernels")
 def test_shapes_and_dtypes(rule, dtype):
     theta, grads = theta_of(rule, dtype), grads_of(dtype=dtype)
     state = rule.init_state(N, dtype=dtype)
@@ -173,6 +174,7 @@ def test_float32_is_close_to_float64(rule):
         torch.testing.assert_close(rounded_state[name].double(), value, **close)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_finite_for_gradients_of_any_size(rule):
     theta = {n: v.to(torch.float32) for n, v in rule.init_theta(torch.Generator().manual_seed(0)).items()}
     sizes = torch.logspace(-30, 18, 49, dtype=torch.float64).float()
