@@ -133,7 +133,8 @@ class UpdateRule(ABC):
             d_state: cotangents of the new state, contiguous tensors [..., n]; their memory may be used for the result.
 
         Returns:
-            Derivatives with respect to theta, grads [n], params [n] and state.
+            Derivatives with respect to theta, grads [n], params [n] and state; that of "step", which leads nowhere, may
+            be zero.
         """
         leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
         grads, params = grads.detach().requires_grad_(), params.detach().requires_grad_()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from learned_opt.rules import native
 from learned_opt.rules.base import RuleConfig, UpdateRule
-from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
+from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized, normalized_vjp
 from learned_opt.task import Tensors
 
 INPUTS = ("normalized", "log_and_sign")
@@ -206,19 +206,28 @@ class LSTMRule(UpdateRule):
         kernel = self.native_kernel(theta)
         if kernel is None:
             return super().vjp(theta, grads, params, state, d_update, d_state)
-        return native.pull_back(
-            kernel,
-            self.names,
-            self.native_inputs,
-            self.config.output_scale,
-            self._features,
-            theta,
-            grads,
-            params,
-            state,
-            d_update,
-            d_state,
-        )
+        c = self.config
+        if c.inputs != "normalized":
+            return native.pull_back(
+                kernel,
+                self.names,
+                self.native_inputs,
+                c.output_scale,
+                self._features,
+                theta,
+                grads,
+                params,
+                state,
+                d_update,
+                d_state,
+            )
+        rows, _, active = self._features(grads, state)
+        weights = native.flatten(theta, self.names)
+        flat, d_rows = kernel.vjp(weights, self.native_inputs, c.output_scale, rows, active, state, d_update, d_state)
+        d_grads, d_m, d_v = normalized_vjp(grads, state, c.beta, c.eps, d_rows, d_state["m"], d_state["v"])
+        # What the count of steps would pull back goes nowhere.
+        d_before = {**d_state, "m": d_m, "v": d_v, "step": torch.zeros_like(state["step"])}
+        return native.unflatten(flat, self.names, theta), d_grads, torch.zeros_like(params), d_before
 
     def _replay(self, theta: Tensors, grads: torch.Tensor, state: Tensors) -> _Tape:
         """Run the steps again, keeping each step's joined inputs, activated gates and cells."""
