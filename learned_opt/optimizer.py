@@ -9,6 +9,8 @@ move them (`learned_opt.coordinates`). Where it differs from the optimizers of t
 - A group's "weights" names the learned weights and their hash; state of other weights is refused.
 - On a GPU with Triton, an LSTM without guard steps in one kernel, once that has been found to agree with the rule. The
   environment variable LEARNED_OPT_FUSED=0 turns it off (`learned_opt.rules.fused`).
+- On a CPU with a C++ compiler, an LSTM steps in a kernel that is compiled when it is first used;
+  LEARNED_OPT_NATIVE=0 turns it off (`learned_opt.rules.native`).
 """
 
 from __future__ import annotations
