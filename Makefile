@@ -37,6 +37,7 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev,integrations]'
+	-$(INSTALL) -e '.[sagemaker]'  # needs a C compiler; without it one test is skipped
 	@touch $(VENV)/.installed-demo $@
 
 demo: $(VENV)/.installed-demo

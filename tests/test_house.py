@@ -23,6 +23,8 @@ EXTRAS = (
     "prodigyopt",
     "pydantic",
     "rich",
+    "sagemaker",
+    "sagemaker_training",
     "schedulefree",
     "scipy",
     "sklearn",

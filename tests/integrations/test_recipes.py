@@ -21,7 +21,7 @@ SECTIONS = re.split(r"^## (.+)\n", PAGE, flags=re.MULTILINE)
 CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 (PRELUDE,) = CODE.findall(SECTIONS[0])
 RECIPES = {title: CODE.findall(text)[0] for title, text in zip(SECTIONS[1::2], SECTIONS[2::2])}
-ALONE = [title for title, code in RECIPES.items() if "init_process_group" not in code]
+ALONE = [title for title, code in RECIPES.items() if "destroy_process_group" not in code]
 TOGETHER = [title for title in RECIPES if title not in ALONE]
 
 CHECK_RANKS = """
@@ -73,7 +73,12 @@ def test_recipe(title, folder):
 
 @pytest.mark.parametrize("title", TOGETHER)
 def test_recipe_on_two_ranks(title, folder):
-    code = RECIPES[title].replace("dist.barrier()\n", CHECK_RANKS + "dist.barrier()\n")
+    for package in needs(RECIPES[title]):
+        pytest.importorskip(package)
+    checks = CHECK_RANKS
+    if "FSDP2" in title:
+        checks += "assert all(hasattr(p, 'full_tensor') for p in model.parameters()), 'not sharded'\n"
+    code = RECIPES[title].replace("dist.barrier()\n", checks + "dist.barrier()\n")
     assert CHECK_RANKS in code
     prelude = PRELUDE + "import copy\nuntouched = copy.deepcopy(model)\n"
     Path("recipe.py").write_text(prelude + code, encoding="utf-8")
