@@ -114,7 +114,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "learned_opt.distributed": (),
     "learned_opt.meta_loss": (),
     "learned_opt.truncation": (),
-    "learned_opt.batched": ("learned_opt.task",),
+    "learned_opt.program": (),
+    "learned_opt.batched": ("learned_opt.program", "learned_opt.task"),
     "learned_opt.rules": ("learned_opt.task",),
     "learned_opt.particles": (
         "learned_opt.batched",
