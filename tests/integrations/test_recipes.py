@@ -35,6 +35,15 @@ print("ranks agree")
 """
 
 
+# Accelerate turns its FSDP mode on for GPUs alone; what it does in that mode works on CPUs.
+SHARD_ON_CPU = """
+from accelerate.utils import DistributedType
+accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
+accelerator.state._shared_state["fsdp_plugin"] = plugin
+assert accelerator.is_fsdp2
+"""
+
+
 def needs(code):
     """The packages of the extra that a recipe imports."""
     return [name for name in PACKAGES if re.search(rf"^(import|from) {name}\b", code, re.MULTILINE)]
@@ -79,10 +88,11 @@ def test_recipe_on_two_ranks(title, folder):
     if "FSDP2" in title:
         checks += "assert all(hasattr(p, 'full_tensor') for p in model.parameters()), 'not sharded'\n"
     code = RECIPES[title].replace("dist.barrier()\n", checks + "dist.barrier()\n")
+    code = code.replace("Accelerator(fsdp_plugin=plugin)\n", "Accelerator(fsdp_plugin=plugin)\n" + SHARD_ON_CPU)
     assert CHECK_RANKS in code
     prelude = PRELUDE + "import copy\nuntouched = copy.deepcopy(model)\n"
     Path("recipe.py").write_text(prelude + code, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "recipe.py"],
         env=environment,
