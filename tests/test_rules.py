@@ -399,7 +399,7 @@ def test_normalized_inputs_do_not_see_the_scale(name, scale):
         ("compct", {}, "unknown update rule 'compct'; did you mean compact?"),
         ("Adam", {}, "unknown update rule 'Adam'; did you mean adam"),
         ("lstmm", {}, "unknown update rule 'lstmm'; did you mean lstm?"),
-        ("velo4", {}, "unknown update rule 'velo4'; choose from adam, compact, l2l, lstm"),
+        ("velo4", {}, "unknown update rule 'velo4'; choose from adam, compact, gated, l2l, lstm"),
         ("compact", {"hidden": 4}, "rule 'compact' has no setting 'hidden'; it has inputs, beta, eps"),
         ("compact", {"inputs": "raw"}, "inputs must be one of normalized, log_and_sign; got 'raw'"),
         ("compact", {"beta": 1.0}, r"beta must lie in \[0, 1\); got 1.0"),

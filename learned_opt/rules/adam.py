@@ -73,7 +73,7 @@ class AdamRule(UpdateRule):
         v = state["v"] + rate2 * (grads * grads - state["v"])
         correction1 = -torch.expm1(step * torch.log1p(-rate1))
         correction2 = -torch.expm1(step * torch.log1p(-rate2))
-        seen = v > 0
+        seen = v != 0
         # Two roots, not one of the quotient: its derivative overflows float32 from gradients of 1e17 on.
         root = torch.where(seen, v, 1.0).sqrt() / correction2.sqrt()
         update = -theta["log_lr"].exp() * (m / correction1) / (root + self.config.eps)

@@ -51,7 +51,7 @@ def normalized(
     m = state["m"] * beta + grads * (1 - beta)
     v = state["v"] * beta + grads * grads * (1 - beta)
     correction = 1 - torch.pow(beta, step.to(grads.dtype))
-    active = v > 0
+    active = v != 0  # what is not a number is not hidden
     # The root's derivative at zero is infinite: untouched coordinates take it at one instead, and their inputs stay
     # zero.
     scale = 1 / (torch.where(active, v / correction, 1.0).sqrt() + eps)
@@ -80,7 +80,7 @@ def normalized_vjp(
     m = state["m"] * beta + grads * (1 - beta)
     v = state["v"] * beta + grads * grads * (1 - beta)
     correction = 1 - torch.pow(beta, (state["step"] + 1).to(grads.dtype))
-    active = v > 0
+    active = v != 0
     root = torch.where(active, v / correction, 1.0).sqrt_()
     scale = 1 / (root + eps)
     m = m.div_(correction)
@@ -120,7 +120,7 @@ def momenta(
     correction = 1 - torch.pow(decay, step.to(grads.dtype))
     m = state["m"] * decay[:NUM_MOMENTA] + grads * (1 - decay[:NUM_MOMENTA])
     v = state["v"] * decay[NUM_MOMENTA:] + grads * grads * (1 - decay[NUM_MOMENTA:])
-    active = v[1] > 0
+    active = v[1] != 0
     fast, slow = torch.where(active, v / correction[NUM_MOMENTA:], 1.0)
     scale = 1 / (fast.sqrt() + eps)
     directions = torch.cat([(grads * scale)[None], m / correction[:NUM_MOMENTA] * scale])

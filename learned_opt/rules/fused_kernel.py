@@ -172,7 +172,7 @@ def lstm_step(
         v = tl.load(averages + stride, mask=inside, other=0.0).to(tl.float32)
         m = m * BETA + grad * (1 - BETA)
         v = v * BETA + grad * grad * (1 - BETA)
-        active = v > 0
+        active = v != 0
         unbias = tl.load(corrections + column * correction_stride, mask=inside, other=1.0)
         scale = tl.div_rn(1.0, tl.sqrt_rn(tl.where(active, v / unbias, 1.0)) + EPS)
         first = grad * scale

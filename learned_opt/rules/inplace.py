@@ -157,7 +157,7 @@ def _normalized_(grads: torch.Tensor, state: Tensors, beta: float, eps: float, i
     scale = (v / correction).sqrt_().add_(eps).reciprocal_()
     torch.mul(grads, scale, out=inputs[0])
     torch.mul(m, scale.div_(correction), out=inputs[1])
-    return v > 0
+    return v != 0
 
 
 def _allocate(rule: LSTMRule, theta: Tensors, n: int, scratch: Scratch) -> None:

@@ -303,7 +303,7 @@ inline void momenta(const Inputs& in, const float* __restrict g, bool same, Aver
     for (int j = 0; j < WIDTH; ++j) {
       for (int i = 0; i < 3; ++i) a.m[i][j] = a.m[i][j] * in.betas[i] + g[j] * (1.0f - in.betas[i]);
       for (int i = 0; i < 2; ++i) a.v[i][j] = a.v[i][j] * in.betas[3 + i] + g[j] * g[j] * (1.0f - in.betas[3 + i]);
-      const bool idle = !(a.v[1][j] > 0.0f);
+      const bool idle = a.v[1][j] == 0.0f;
       const float fast = a.v[0][j] / correction[3][j], slow = a.v[1][j] / correction[4][j];
       const float scale = 1.0f / (std::sqrt(idle ? 1.0f : fast) + in.eps);
       const float d0 = g[j] * scale, d1 = a.m[0][j] / correction[0][j] * scale,
@@ -368,7 +368,7 @@ void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a,
     const float v = a.v[0][j] * beta + g[j] * g[j] * rest;
     a.m[0][j] = m;
     a.v[0][j] = v;
-    const bool idle = !(v > 0.0f);
+    const bool idle = v == 0.0f;  // not a number counts as active, and shows in the update
     const float scale = 1.0f / (std::sqrt(idle ? 1.0f : v / correction[j]) + in.eps);
     out[j] = g[j] * scale;
     out[WIDTH + j] = m / correction[j] * scale;
