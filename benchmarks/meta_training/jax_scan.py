@@ -81,7 +81,7 @@ class JaxMetaTraining:
         self.mesh = Mesh(np.array(jax.devices()[:num_devices]), ("devices",))
         self.sharded, self.shared = NamedSharding(self.mesh, Spec("devices")), NamedSharding(self.mesh, Spec())
         self.key = jax.random.key(seed)
-        self.theta = jax.device_put({n: jnp.asarray(v, jnp.float32) for n, v in theta.items()}, self.shared)
+        self.theta = jax.device_put({n: jnp.asarray(v) for n, v in theta.items()}, self.shared)
         self.moments = jax.device_put(adam_start(self.theta), self.shared)
         self.start = jax.jit(self._start, out_shardings=self.sharded)
         self.outer = jax.jit(self._outer, donate_argnums=2)

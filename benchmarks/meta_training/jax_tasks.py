@@ -90,7 +90,7 @@ def _quadratic(family: Quadratic, shapes: dict[str, tuple[int, ...]]) -> JaxTask
 def _images(family: ImageMLP | ImageConv, shapes: dict[str, tuple[int, ...]]) -> JaxTask:
     images, targets, split = family.load()
     rows_of = split.ranges["meta_train"]
-    inputs, classes = jnp.asarray(images.numpy(), jnp.float32), jnp.asarray(targets.numpy(), jnp.int32)
+    inputs, classes = jnp.asarray(images.numpy()), jnp.asarray(targets.numpy(), jnp.int32)
     forward = _mlp(family) if isinstance(family, ImageMLP) else _conv(family)
 
     def start(key: Any) -> tuple[Arrays, Arrays]:

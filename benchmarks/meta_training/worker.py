@@ -1,6 +1,6 @@
 """One contender on one workload, in a process of its own that is told when to run.
 
-Lines on standard input, answers in JSON on standard output: a number of seconds lets it take steps for at least as long;
+A number of seconds on standard input lets it take steps for at least as long, and answers in JSON on standard output;
 an empty line ends it. `Contender`, in the process that measures, starts and speaks to one.
 """
 

@@ -157,7 +157,7 @@ def parameter_shapes(family: TaskFamily) -> dict[str, tuple[int, ...]]:
 
 
 def floors(workload: SpeedWorkload, flops_per_second: float) -> tuple[float, float]:
-    """Inner steps x particles per second at which the matrix products alone, rule's or rule's and task's, take all time.
+    """Inner steps x particles per second if products took all the time: the rule's, and the rule's and the task's.
 
     Args:
         workload: what is computed.
