@@ -179,7 +179,7 @@ def test_an_optimizer_of_one_s_own_is_found(tmp_path, monkeypatch):
         ("own_baseline_module:nothing", "the baseline 'own_baseline_module:nothing' cannot be imported: .*nothing"),
         ("no_such_module:x", "the baseline 'no_such_module:x' cannot be imported: No module named 'no_such_module'"),
         ("adm", "unknown baseline 'adm'; did you mean adam"),
-        ("zzz", "unknown baseline 'zzz'; choose from sgd, nesterov"),
+        ("zzz", "unknown baseline 'zzz'; choose from .*nesterov"),
     ):
         with pytest.raises(ValueError, match=message):
             find(name)
