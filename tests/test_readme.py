@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import evaluate_optimizer
 import train_optimizer
 from learned_opt import LearnedOptimizer, load_artifact, rules, save_artifact
 from learned_opt.config import preset_names
+from tasks.suites import SUITES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,6 +71,10 @@ def test_commands_exist(command, in_folder):
             with pytest.raises(SystemExit) as stopped:
                 train_optimizer.parse(["--help"])
             assert stopped.value.code == 0
+        case ["torchrun", "--standalone", "--nproc-per-node", number, "train_optimizer.py", *arguments]:
+            assert int(number) > 1 and train_optimizer.parse(arguments).settings.rule in rules.RULES
+        case ["python", "evaluate_optimizer.py", *arguments]:
+            assert evaluate_optimizer.parse(arguments).suite in SUITES
         case ["python", "train_optimizer.py", *arguments]:
             assert train_optimizer.parse(arguments).settings.rule in rules.RULES
         case ["python", script, *_]:
