@@ -100,7 +100,7 @@ def test_core_dependencies_are_three(unpacked):
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
     assert {item.name for item in requirements if item.marker is None} == {"numpy", "safetensors", "torch"}
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"all", "baselines", "dev", "eval", "integrations", "sagemaker", "train"}
+    assert extras == {"all", "baselines", "benchmarks", "dev", "eval", "integrations", "sagemaker", "train"}
     named = {extra for item in requirements if item.name == "learned-opt" for extra in item.extras}
     assert named <= extras, "an extra refers to another one that does not exist"
 

@@ -4,8 +4,8 @@
     python -m benchmarks.meta_training.memory --hidden 300 300 --truncation 50
 
 The formula, derived in docs/speed.md, counts numbers held for each coordinate, a coordinate being one parameter of one
-particle. Beside them there are the task's own temporaries, of a few times the parameters, and buffers whose size depends
-on neither. Tests hold it to the tensors that are really alive.
+particle. Beside them there are the task's own temporaries, of a few times the parameters, and buffers whose size
+depends on neither. Tests hold it to the tensors that are really alive.
 """
 
 from __future__ import annotations
