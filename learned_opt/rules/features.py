@@ -33,6 +33,11 @@ def log_and_sign(grads: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Ten
     return torch.stack([log, sign]), grads != 0
 
 
+def bias_correction(step: torch.Tensor, beta: float) -> torch.Tensor:
+    """1 − beta^step, without the cancellation that early steps would suffer, for step ≥ 1 and beta in [0, 1)."""
+    return -torch.expm1(step * (math.log(beta) if beta else -math.inf))
+
+
 def normalized(
     grads: torch.Tensor, state: Tensors, beta: float, eps: float
 ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
@@ -50,7 +55,7 @@ def normalized(
     step = state["step"] + 1
     m = state["m"] * beta + grads * (1 - beta)
     v = state["v"] * beta + grads * grads * (1 - beta)
-    correction = 1 - torch.pow(beta, step.to(grads.dtype))
+    correction = bias_correction(step.to(grads.dtype), beta)
     active = v != 0  # what is not a number is not hidden
     # The root's derivative at zero is infinite: untouched coordinates take it at one instead, and their inputs stay
     # zero.
@@ -79,7 +84,7 @@ def normalized_vjp(
     """
     m = state["m"] * beta + grads * (1 - beta)
     v = state["v"] * beta + grads * grads * (1 - beta)
-    correction = 1 - torch.pow(beta, (state["step"] + 1).to(grads.dtype))
+    correction = bias_correction((state["step"] + 1).to(grads.dtype), beta)
     active = v != 0
     root = torch.where(active, v / correction, 1.0).sqrt_()
     scale = 1 / (root + eps)
@@ -117,7 +122,7 @@ def momenta(
     """
     step = state["step"] + 1
     decay = grads.new_tensor(betas)[:, None]
-    correction = 1 - torch.pow(decay, step.to(grads.dtype))
+    correction = torch.stack([bias_correction(step.to(grads.dtype), beta) for beta in betas])
     m = state["m"] * decay[:NUM_MOMENTA] + grads * (1 - decay[:NUM_MOMENTA])
     v = state["v"] * decay[NUM_MOMENTA:] + grads * grads * (1 - decay[NUM_MOMENTA:])
     active = v[1] != 0

@@ -15,7 +15,7 @@ import torch
 
 from learned_opt.rules import native
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
-from learned_opt.rules.features import NUM_FEATURES, log_and_sign
+from learned_opt.rules.features import NUM_FEATURES, bias_correction, log_and_sign
 from learned_opt.rules.lstm import LSTMRule
 from learned_opt.rules.mixture import MixtureRule
 from learned_opt.task import Tensors
@@ -40,13 +40,14 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
         return None
     kernel = rule.native_kernel(theta)
     if kernel is not None:
-        flat, inputs, scale = native.flatten(theta, rule.names, num_sets), rule.native_inputs, rule.config.output_scale
+        packed = kernel.pack(native.flatten(theta, rule.names, num_sets))
+        inputs, scale = rule.native_inputs, rule.config.output_scale
 
         def native_step(
             grads: torch.Tensor, params: torch.Tensor, state: Tensors, overwrite: bool
         ) -> tuple[torch.Tensor, Tensors]:
             after = state if overwrite else {n: torch.empty_like(v) for n, v in state.items()}
-            update = kernel.step(flat, inputs, scale, grads, state, after)
+            update = kernel.step(packed, inputs, scale, grads, state, after)
             if "step" in state:
                 torch.add(state["step"], 1, out=after["step"])
             return update, after
@@ -98,9 +99,9 @@ def update_(
     if isinstance(rule, LSTMRule | MixtureRule):
         kernel = rule.native_kernel(theta)
         if kernel is not None:
-            if "flat" not in scratch:
-                scratch["flat"] = native.flatten(theta, rule.names)
-            return kernel.step(scratch["flat"], rule.native_inputs, rule.config.output_scale, grads, state, state)
+            if "packed" not in scratch:
+                scratch["packed"] = kernel.pack(native.flatten(theta, rule.names))
+            return kernel.step(scratch["packed"], rule.native_inputs, rule.config.output_scale, grads, state, state)
     if isinstance(rule, LSTMRule):
         return _lstm_update_(rule, theta, grads, state, scratch)
     update, new_state = rule.update(theta, grads, params, state)
@@ -152,7 +153,7 @@ def _normalized_(grads: torch.Tensor, state: Tensors, beta: float, eps: float, i
     """`features.normalized` with averages and inputs written in place; returns the mask."""
     m = state["m"].mul_(beta).add_(grads, alpha=1 - beta)
     v = state["v"].mul_(beta).addcmul_(grads, grads, value=1 - beta)
-    correction = 1 - torch.pow(beta, state["step"] + 1)
+    correction = bias_correction(state["step"] + 1, beta)
     # Where v is zero the inputs are as good as zero, whatever they are divided by, and the update is masked.
     scale = (v / correction).sqrt_().add_(eps).reciprocal_()
     torch.mul(grads, scale, out=inputs[0])

@@ -286,8 +286,8 @@ void load_averages(const Inputs& in, ptrdiff_t column, int width, Averages& a) {
 
 // 1 - beta^step for every coordinate of a block.
 inline void correct(const Averages& a, bool same, float beta, float* __restrict out) {
-  const float first = 1.0f - std::pow(beta, a.step[0]);
-  for (int j = 0; j < WIDTH; ++j) out[j] = same ? first : 1.0f - std::pow(beta, a.step[j]);
+  const float rate = std::log(beta), first = -std::expm1(rate * a.step[0]);
+  for (int j = 0; j < WIDTH; ++j) out[j] = same ? first : -std::expm1(rate * a.step[j]);
 }
 
 [[maybe_unused]] inline float squashed(float x) { return x / (1.0f + std::fabs(x)); }
@@ -693,10 +693,12 @@ void accumulate(const Tape& tape, int steps, Sums& sums) {
 }
 
 void reduce(const float* from, int count, float* to) {
-  for (int i = 0; i < count; ++i) {
-    float s = 0.0f;
-    for (int j = 0; j < LANES; ++j) s += from[i * LANES + j];
-    to[i] = s;
+  for (int i = 0; i < count; ++i, from += LANES) {
+    float part[LANES];
+    std::memcpy(part, from, sizeof part);
+    for (int half = LANES / 2; half; half /= 2)
+      for (int j = 0; j < half; ++j) part[j] += part[j + half];
+    to[i] = part[0];
   }
 }
 
@@ -715,7 +717,7 @@ void reduce(const Sums& sums, float* out) {  // [AT.size]
 
 constexpr size_t ALIGNMENT = 64;
 constexpr int GROUPS = 32;          // of blocks, at most: what threads share out among themselves
-constexpr long GROUP_STEPS = 192;   // blocks x steps that make the sums of one more group worth their while
+constexpr long GROUP_STEPS = 90;   // blocks x steps that make the sums of one more group worth their while
 constexpr int SLOTS = 16;           // blocks that a single step keeps on the tape before they are added up
 
 template <typename T>
@@ -730,23 +732,27 @@ extern "C" {
 
 int lstm_theta_size() { return AT.size; }
 
-// One step of `sets` optimizers, each with `per_set` coordinates of its own: theta [sets, theta_size], state and grads
+long lstm_weights_size() { return sizeof(Weights); }
+
+// Lays the weights of `sets` optimizers, theta [sets, theta_size], out as `lstm_step` reads them.
+void lstm_pack(const float* theta, long sets, void* weights) {
+  for (long s = 0; s < sets; ++s) fill(static_cast<Weights*>(weights)[s], theta + s * AT.size);
+}
+
+// One step of `sets` optimizers, each with `per_set` coordinates of its own: weights of `lstm_pack`, state and grads
 // [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Rows of the
-// old state are state_ld apart, of the new one out_ld. Returns 0, or 1 without memory.
-int lstm_step(const float* theta, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
+// old state are state_ld apart, of the new one out_ld.
+void lstm_step(const void* packed, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
               const float* step, int shared_step, const float* betas, float eps, float range, const float* hidden,
               const float* cells, long state_ld, float* m_out, float* v_out, float* hidden_out, float* cells_out,
               long out_ld, float scale, float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
-  Weights* weights = aligned<Weights>(sets);
-  if (!weights) return 1;
+  const Weights* weights = static_cast<const Weights*>(packed);
   const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, eps, range, nullptr};
   const State after{hidden_out, cells_out, m_out, v_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
   {
     StepScratch scratch;
-#pragma omp for schedule(static)
-    for (long s = 0; s < sets; ++s) fill(weights[s], theta + s * AT.size);
 #pragma omp for schedule(static)
     for (long b = 0; b < sets * blocks; ++b) {
       const long set = b / blocks, start = b % blocks * WIDTH;
@@ -754,8 +760,6 @@ int lstm_step(const float* theta, long sets, long per_set, int kind, const float
       step_block(weights[set], in, hidden, cells, after, out_ld, set * per_set + start, width, scale, update, scratch);
     }
   }
-  release(weights);
-  return 0;
 }
 
 // Back through `steps` steps of n coordinates with one theta. Row t of grads and cotangents starts t * ld floats further

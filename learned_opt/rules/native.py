@@ -147,15 +147,27 @@ class LSTMKernel:
             *(pointer, pointer, pointer, long, pointer, long, integer, pointer, pointer, pointer, pointer, pointer),
             *(real, pointer, integer),
         ]
+        self._step.restype = None
+        self._pack = library.lstm_pack
+        self._pack.argtypes, self._pack.restype = [pointer, long, pointer], None
+        library.lstm_weights_size.restype = long
+        self.weights_size = int(library.lstm_weights_size())
         self.theta_size = int(library.lstm_theta_size())
 
+    def pack(self, flat: torch.Tensor) -> torch.Tensor:
+        """Weights as `step` reads them, bytes [sets, …], from `flatten`'s [sets, theta_size]."""
+        _check(flat)
+        packed = torch.empty(len(flat), self.weights_size, dtype=torch.uint8)
+        self._pack(flat.contiguous().data_ptr(), len(flat), packed.data_ptr())
+        return packed
+
     def step(
-        self, flat: torch.Tensor, inputs: Inputs, scale: float, grads: torch.Tensor, state: Tensors, after: Tensors
+        self, packed: torch.Tensor, inputs: Inputs, scale: float, grads: torch.Tensor, state: Tensors, after: Tensors
     ) -> torch.Tensor:
         """One step; "step" is only read.
 
         Args:
-            flat: [sets, theta_size], from `flatten`.
+            packed: from `pack`.
             inputs: how gradients become inputs; not "given".
             scale: factor on the read-out.
             grads: [n], of equally many coordinates for every set, one set after the other.
@@ -165,15 +177,15 @@ class LSTMKernel:
         Returns:
             The update [n].
         """
-        sets, n = flat.shape[0], grads.shape[0]
-        _check(flat, grads, *state.values(), *after.values())
+        sets, n = packed.shape[0], grads.shape[0]
+        _check(grads, *state.values(), *after.values())
         grads = grads.contiguous()
         update = torch.empty_like(grads)
         before, spacing = _in_rows(state, n)
         target, target_spacing = (before, spacing) if after is state else _in_rows(after, n)
         averaging = "m" in state
-        failed = self._step(
-            flat.data_ptr(),
+        self._step(
+            packed.data_ptr(),
             sets,
             n // sets,
             _KINDS[inputs.kind],
@@ -194,8 +206,6 @@ class LSTMKernel:
             update.data_ptr(),
             _threads(),
         )
-        if failed:
-            raise MemoryError("no memory for the step of an LSTM rule")
         for name, value in target.items():
             if value is not after[name] and name != "step":
                 after[name].copy_(value)
@@ -213,7 +223,8 @@ class LSTMKernel:
         """`UpdateRule.backward`, as one flat vector [theta_size].
 
         Args:
-            flat, inputs, scale: as in `step`, with one set.
+            flat: [1, theta_size], from `flatten`.
+            inputs, scale: as in `step`.
             grads, loss_grads: [steps, n].
             state: before the first step, tensors [..., n]; only read.
         """
@@ -351,16 +362,12 @@ def _averages(state: Tensors) -> tuple[int | None, int | None, int | None, int]:
     return state["m"].data_ptr(), state["v"].data_ptr(), step.data_ptr(), int(step.numel() == 1)
 
 
-RowsOf = Callable[[torch.Tensor, Tensors], tuple[torch.Tensor, Tensors, torch.Tensor]]
-"""(gradients [n], averages) to (the kernel's rows [rows, n], new averages, mask [n] of what may move), in torch."""
-
-
 def pull_back(
     kernel: LSTMKernel,
     names: Sequence[str],
     inputs: Inputs,
     scale: float,
-    rows_of: RowsOf,
+    rows_of: Callable[[torch.Tensor, Tensors], tuple[torch.Tensor, Tensors, torch.Tensor]],
     theta: Tensors,
     grads: torch.Tensor,
     params: torch.Tensor,
@@ -373,7 +380,7 @@ def pull_back(
     Args:
         kernel, inputs, scale: what the rule runs with.
         names: the rule's weights in theta.
-        rows_of: computes the network's inputs.
+        rows_of: (grads, averages) to (the kernel's rows [rows, n], new averages, mask [n] of what may move), in torch.
         theta, grads, params, state, d_update, d_state: as in `UpdateRule.vjp`.
     """
     grads = grads.detach().requires_grad_()
