@@ -237,7 +237,9 @@ def measure(trainer: MetaTrainer, problem: Problem, num_tasks: int, steps: tuple
         value = torch.cat(parts).double()
         half = 1.96 * float(value.std()) / math.sqrt(len(value))
         mean = float(value.mean())
-        out.append({"inner_steps": k, "mean": mean, "low": mean - half, "high": mean + half, "std": float(value.std())})
+        found = {"mean": mean, "low": mean - half, "high": mean + half, "std": float(value.std())}
+        # JSON knows no NaN: null stands for a mean over tasks of which one has diverged.
+        out.append({"inner_steps": k, **{name: v if math.isfinite(v) else None for name, v in found.items()}})
     return out
 
 
@@ -283,11 +285,9 @@ def main() -> None:
         row = {"method": method, "test_tasks": options.test_tasks, "best_step": trainer.best_step, "after": rows}
         save(options.results, options.task, problem, row)
         for found in rows:
-            print(
-                f"{options.task} {method} after {found['inner_steps']} inner steps: {problem.metric} "
-                f"{found['mean']:.4f} [{found['low']:.4f}, {found['high']:.4f}]",
-                flush=True,
-            )
+            mean, low, high = ("diverged" if found[n] is None else f"{found[n]:.4f}" for n in ("mean", "low", "high"))
+            steps = f"{options.task} {method} after {found['inner_steps']} inner steps"
+            print(f"{steps}: {problem.metric} {mean} [{low}, {high}]", flush=True)
 
 
 if __name__ == "__main__":
