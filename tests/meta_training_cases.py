@@ -23,7 +23,7 @@ from learned_opt.particles import first
 from learned_opt.task import Tensors
 
 TRUNCATION = 3
-CASES = {"w1": 2, "w2": 3, "w3": 4, "w5": 2}
+CASES = {"w1": 2, "w2": 3, "w3": 4, "w4": 1, "w5": 2}
 """Preset -> particles."""
 
 
@@ -46,6 +46,9 @@ class Case:
 def case(name: str) -> Case:
     """One truncation from fresh tasks, with a theta that moves parameters by amounts that matter."""
     workload = SpeedWorkload.of(name, truncation=TRUNCATION, num_particles=CASES[name])
+    if name == "w4":  # the same layers, narrower
+        families = {"digits": {**workload.settings.families["digits"], "channels": (3, 4, 5), "activation": "relu"}}
+        workload = SpeedWorkload(name, dataclasses.replace(workload.settings, families=families))
     settings, rule = workload.settings, workload.rule
     generator = torch.Generator().manual_seed(0)
     theta = {n: 3 * v.double() for n, v in rule.init_theta(generator).items()}
@@ -91,6 +94,7 @@ def jax_differences() -> dict[str, float]:
         "w1": [Variant(1, 1000), Variant(2, 1000, True)],
         "w2": [Variant(3, 20)],
         "w3": [Variant(1, 1000)],
+        "w4": [Variant(1, 300, True)],
         "w5": [Variant(1, 1000)],
     }
     for name, ways in cuts.items():

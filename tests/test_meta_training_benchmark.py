@@ -61,7 +61,7 @@ def test_the_jax_version_computes_our_meta_gradient():
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found) == 6
+    assert len(found) == 7
     assert all(value < 1e-8 for value in found.values()), found
 
 

@@ -44,9 +44,7 @@ def environment(contender: str, num_threads: int) -> dict[str, str]:
         flags = ["--xla_cpu_multi_thread_eigen=false"]
         if num_threads > 1:
             flags.append(f"--xla_force_host_platform_device_count={num_threads}")
-        # One arena that keeps its memory: XLA's buffers are then not mapped afresh in every step.
-        keep = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-        out |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), **keep}
+        out |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     return out
 
 
