@@ -17,8 +17,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 for _name in ("LEARNED_OPT_NATIVE", "CXX"):
     os.environ.pop(_name, None)
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Tests run many small programs: one thread is as fast as two, leaves a core to the processes that tests start,
 # and fixes the order of every sum.
