@@ -121,10 +121,10 @@ def momenta(
         (directions [4, n], inputs [10, n], new state, mask [n] of the coordinates that have had a non-zero gradient).
     """
     step = state["step"] + 1
-    decay = grads.new_tensor(betas)[:, None]
+    decay, rest = (grads.new_tensor(values)[:, None] for values in (betas, [1 - beta for beta in betas]))
     correction = torch.stack([bias_correction(step.to(grads.dtype), beta) for beta in betas])
-    m = state["m"] * decay[:NUM_MOMENTA] + grads * (1 - decay[:NUM_MOMENTA])
-    v = state["v"] * decay[NUM_MOMENTA:] + grads * grads * (1 - decay[NUM_MOMENTA:])
+    m = state["m"] * decay[:NUM_MOMENTA] + grads * rest[:NUM_MOMENTA]
+    v = state["v"] * decay[NUM_MOMENTA:] + grads * grads * rest[NUM_MOMENTA:]
     active = v[1] != 0
     fast, slow = torch.where(active, v / correction[NUM_MOMENTA:], 1.0)
     scale = 1 / (fast.sqrt() + eps)

@@ -251,7 +251,7 @@ struct Inputs {
   ptrdiff_t state_ld;
   const float* step;       // [n] or [1]
   int shared_step;
-  const float* betas;      // of the averages of gradients, then of squares
+  const double* betas;     // of the averages of gradients, then of squares: 1 - beta must not cancel
   float eps, range;
   const unsigned char* active;  // [steps, n], GIVEN
 };
@@ -285,8 +285,8 @@ void load_averages(const Inputs& in, ptrdiff_t column, int width, Averages& a) {
 }
 
 // 1 - beta^step for every coordinate of a block.
-inline void correct(const Averages& a, bool same, float beta, float* __restrict out) {
-  const float rate = std::log(beta), first = -std::expm1(rate * a.step[0]);
+inline void correct(const Averages& a, bool same, double beta, float* __restrict out) {
+  const float rate = float(std::log(beta)), first = -std::expm1(rate * a.step[0]);
   for (int j = 0; j < WIDTH; ++j) out[j] = same ? first : -std::expm1(rate * a.step[j]);
 }
 
@@ -299,10 +299,15 @@ inline void momenta(const Inputs& in, const float* __restrict g, bool same, Aver
   if constexpr (DIRECTIONS == 4 && FEATURES == 10) {
     alignas(64) float correction[5][WIDTH];
     for (int i = 0; i < 5; ++i) correct(a, same, in.betas[i], correction[i]);
+    float beta[5], rest[5];
+    for (int i = 0; i < 5; ++i) {
+      beta[i] = float(in.betas[i]);
+      rest[i] = float(1.0 - in.betas[i]);
+    }
     float* __restrict directions = out + FEATURES * WIDTH;
     for (int j = 0; j < WIDTH; ++j) {
-      for (int i = 0; i < 3; ++i) a.m[i][j] = a.m[i][j] * in.betas[i] + g[j] * (1.0f - in.betas[i]);
-      for (int i = 0; i < 2; ++i) a.v[i][j] = a.v[i][j] * in.betas[3 + i] + g[j] * g[j] * (1.0f - in.betas[3 + i]);
+      for (int i = 0; i < 3; ++i) a.m[i][j] = a.m[i][j] * beta[i] + g[j] * rest[i];
+      for (int i = 0; i < 2; ++i) a.v[i][j] = a.v[i][j] * beta[3 + i] + g[j] * g[j] * rest[3 + i];
       const bool idle = a.v[1][j] == 0.0f;
       const float fast = a.v[0][j] / correction[3][j], slow = a.v[1][j] / correction[4][j];
       const float scale = 1.0f / (std::sqrt(idle ? 1.0f : fast) + in.eps);
@@ -361,8 +366,8 @@ void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a,
     return;
   }
   alignas(64) float correction[WIDTH];
-  const float beta = in.betas[0], rest = 1.0f - beta;
-  correct(a, same, beta, correction);
+  const float beta = float(in.betas[0]), rest = float(1.0 - in.betas[0]);
+  correct(a, same, in.betas[0], correction);
   for (int j = 0; j < WIDTH; ++j) {
     const float m = a.m[0][j] * beta + g[j] * rest;
     const float v = a.v[0][j] * beta + g[j] * g[j] * rest;
@@ -743,7 +748,7 @@ void lstm_pack(const float* theta, long sets, void* weights) {
 // [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Rows of the
 // old state are state_ld apart, of the new one out_ld.
 void lstm_step(const void* packed, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
-              const float* step, int shared_step, const float* betas, float eps, float range, const float* hidden,
+              const float* step, int shared_step, const double* betas, float eps, float range, const float* hidden,
               const float* cells, long state_ld, float* m_out, float* v_out, float* hidden_out, float* cells_out,
               long out_ld, float scale, float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
@@ -766,7 +771,7 @@ void lstm_step(const void* packed, long sets, long per_set, int kind, const floa
 // on; state rows are state_ld apart. With `summed` the cotangent of an update is the sum of its row and all later
 // ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.
 int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
-                  const float* v, const float* step, int shared_step, const float* betas, float eps, float range,
+                  const float* v, const float* step, int shared_step, const double* betas, float eps, float range,
                   const unsigned char* active, const float* hidden, const float* cells, long state_ld,
                   const float* cotangents, long cotangent_ld, int summed, const float* hidden_in, const float* cells_in,
                   float* hidden_out, float* cells_out, float* x_out, float scale, float* theta_grads, int threads) {

@@ -315,9 +315,9 @@ class LSTMKernel:
 
 
 @functools.cache
-def _packed(decays: tuple[float, ...]) -> ctypes.Array[ctypes.c_float]:
+def _packed(decays: tuple[float, ...]) -> ctypes.Array[ctypes.c_double]:
     """The decays as the kernel reads them."""
-    return (ctypes.c_float * len(decays))(*decays)
+    return (ctypes.c_double * len(decays))(*decays)
 
 
 def _check(*tensors: torch.Tensor) -> None:
