@@ -15,8 +15,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ import torch
 import tyro
 
 import tasks
+from benchmarks.conditions import conditions
 from learned_opt import config as configuration
 from learned_opt import estimators, rules
 from learned_opt.meta_trainer import MetaTrainer
@@ -170,12 +169,8 @@ def main() -> None:
         tables.append(measure(over, values, arguments.rounds, arguments.seconds))
         print(markdown(tables[-1:]) + "\n", flush=True)
     report = {
-        "command": " ".join(["python -m benchmarks.cost_growth", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **conditions("benchmarks.cost_growth", before),
         "threads": arguments.threads,
-        "load_average_before": before,
-        "load_was_low": before < 0.25 * (os.cpu_count() or 1),
         "tables": tables,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

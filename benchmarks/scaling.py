@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 import tasks
+from benchmarks.conditions import conditions
 from learned_opt import distributed, estimators, rules
 from learned_opt.meta_config import MetaTrainerConfig
 from learned_opt.meta_trainer import MetaTrainer
@@ -136,7 +136,7 @@ def free_port() -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Alternate rounds of both arms."""
-    before = os.getloadavg()
+    before = os.getloadavg()[0]
     arms = {1: Arm(1, arguments, free_port()), 2: Arm(2, arguments, free_port())}
     rounds = []
     try:
@@ -155,13 +155,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     efficiencies = [r["one"] / r["two"] / 2 for r in rounds]
     inner = arguments.particles * 20 * arguments.steps
     return {
-        "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        **conditions("benchmarks.scaling", before),
         "num_particles": arguments.particles,
         "outer_steps_per_round": arguments.steps,
-        "load_average_before": before,
-        "load_was_low": before[0] < 0.25 * (os.cpu_count() or 1),
         "rounds": rounds,
         "efficiency": statistics.median(efficiencies),
         "efficiency_range": [min(efficiencies), max(efficiencies)],

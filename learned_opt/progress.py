@@ -5,10 +5,42 @@ from __future__ import annotations
 import math
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class Progress:
+class Bar:
+    """A rich progress bar on a terminal, and a place to print to.
+
+    Args:
+        columns: of the bar, by rich.
+        console: a rich console; by default standard output.
+    """
+
+    def __init__(self, *columns: Any, console: Any = None) -> None:
+        from rich.console import Console
+        from rich.progress import Progress as RichProgress
+
+        self.console = console or Console()
+        self._bar = RichProgress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+class Progress(Bar):
     """A bar with outer step, meta-loss, validation, inner steps per second (times particles), and time left.
 
     Args:
@@ -18,12 +50,9 @@ class Progress:
     """
 
     def __init__(self, total: int, *, completed: int = 0, console: Any = None) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
 
-        self.console = console or Console()
-        self._bar = Bar(
+        super().__init__(
             TextColumn("meta-training"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -32,22 +61,11 @@ class Progress:
                 "{task.fields[rate]} inner steps/s  left"
             ),
             TimeRemainingColumn(compact=True),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
+            console=console,
         )
         self._task = self._bar.add_task("", total=total, completed=completed, loss="-", validation="-", rate="-")
         self._total, self._began, self._inner = total, time.perf_counter(), 0.0
         self._smooth = math.nan
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def update(self, step: int, meta_loss: float, num_inner_steps: float) -> float:
         """Show an outer step.
@@ -78,7 +96,3 @@ class Progress:
                 highlight=False,
                 soft_wrap=True,
             )
-
-    def say(self, message: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -172,8 +172,7 @@ def test_vjp_is_autograds(rule):
         got = rule.vjp(theta, grads, torch.zeros(n), state, d_update, d_state)
         assert_close_to_largest(got[0], want[0], 5e-5)
         assert_close_to_largest({"grads": got[1], "params": got[2]}, {"grads": want[1], "params": want[2]}, 2e-4)
-        counted = {"step"}  # nothing is learned through the count of steps
-        assert_close_to_largest(*({k: v for k, v in d[3].items() if k not in counted} for d in (got, want)), 2e-4)
+        assert_close_to_largest(got[3], want[3], 2e-4)
         assert got[3].keys() == state.keys() and want[1].abs().max() > 0
 
 
@@ -310,7 +309,8 @@ if not child:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     root = str(Path(__file__).parents[1])
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={**os.environ, "PYTHONPATH": root})
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, env={**os.environ, "PYTHONPATH": root}, check=False)
+    assert done.returncode == 0
 
 
 # How libraries are built and kept: with a source that compiles in no time.

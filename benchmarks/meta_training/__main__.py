@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 
+from benchmarks.conditions import conditions
 from benchmarks.meta_training.report import markdown, summarize, table
 from benchmarks.meta_training.worker import CONTENDERS, Contender, start_fastest
 from benchmarks.meta_training.workloads import TITLES, SpeedWorkload, check_names
@@ -110,17 +110,14 @@ def main() -> None:
         for name in arguments.workloads:
             rows.append(measure(arguments, name, num_threads))
             print("\n".join(table(rows[-1:]).splitlines()[len(rows) > 1 :]), flush=True)
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     if importlib.util.find_spec("jax") is not None:
         from importlib.metadata import version
 
         versions["jax"] = version("jax")
     report = {
-        "command": " ".join(["python -m benchmarks.meta_training", *sys.argv[1:]]),
+        **conditions("benchmarks.meta_training", before),
         **versions,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "load_average_before": before,
-        "load_was_low": before < 0.25 * (os.cpu_count() or 1),
         "rows": rows,
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from learned_opt.evaluation.results import Comparison, Result, format_cell
+from learned_opt.progress import Bar
 
 
-class ComparisonProgress:
+class ComparisonProgress(Bar):
     """A bar with how many results there are, what is being run, and the time left.
 
     Args:
@@ -17,31 +17,18 @@ class ComparisonProgress:
     """
 
     def __init__(self, total: int, *, console: Any = None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-        self.console = console or Console()
-        self._bar = Progress(
+        super().__init__(
             TextColumn("comparing"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[running]}"),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
+            console=console,
         )
         self._task = self._bar.add_task("", total=total, running="")
         self._total = total
-
-    def __enter__(self) -> ComparisonProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def started(self, family: str, optimizer: str) -> None:
         """Show what is being run."""
@@ -60,7 +47,3 @@ class ComparisonProgress:
                 words += f", speed-up {format_cell(scores.speedup, 3, False)}"
         if not self.console.is_terminal or scores is None:
             self.say(f"{done}/{self._total}  {result.family}, {result.optimizer}: {words}")
-
-    def say(self, message: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)

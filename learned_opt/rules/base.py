@@ -133,8 +133,7 @@ class UpdateRule(ABC):
             d_state: cotangents of the new state, contiguous tensors [..., n]; their memory may be used for the result.
 
         Returns:
-            Derivatives with respect to theta, grads [n], params [n] and state; that of "step", which leads nowhere, may
-            be zero.
+            Derivatives with respect to theta, grads [n], params [n] and state.
         """
         leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
         grads, params = grads.detach().requires_grad_(), params.detach().requires_grad_()

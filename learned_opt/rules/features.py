@@ -63,39 +63,6 @@ def normalized(
     return torch.stack([grads * scale, m / correction * scale]), {"m": m, "v": v, "step": step}, active
 
 
-def normalized_vjp(
-    grads: torch.Tensor,
-    state: Tensors,
-    beta: float,
-    eps: float,
-    d_inputs: torch.Tensor,
-    d_m: torch.Tensor,
-    d_v: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pull cotangents of what `normalized` returns back to what it was given, in closed form.
-
-    Args:
-        grads, state, beta, eps: as in `normalized`.
-        d_inputs: [2, n].
-        d_m, d_v: of the new averages, [n].
-
-    Returns:
-        Derivatives with respect to the gradients and the old averages, each [n].
-    """
-    m = state["m"] * beta + grads * (1 - beta)
-    v = state["v"] * beta + grads * grads * (1 - beta)
-    correction = bias_correction((state["step"] + 1).to(grads.dtype), beta)
-    active = v != 0
-    root = torch.where(active, v / correction, 1.0).sqrt_()
-    scale = 1 / (root + eps)
-    m = m.div_(correction)
-    d_root = (d_inputs[0] * grads).addcmul_(d_inputs[1], m).mul_(scale).mul_(scale)
-    d_v = d_v - torch.where(active, d_root.div_(2 * root * correction), 0.0)
-    d_m = d_m + d_inputs[1] * scale / correction
-    d_grads = (d_inputs[0] * scale).add_(d_m + 2 * grads * d_v, alpha=1 - beta)
-    return d_grads, d_m * beta, d_v * beta
-
-
 NUM_MOMENTA = 3
 """Moving averages of the gradient in `momenta`."""
 NUM_EVEN = 3 * NUM_MOMENTA + 1

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from learned_opt.rules import native
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
 from learned_opt.task import Tensors
@@ -74,9 +75,7 @@ def _has_triton() -> bool:
 
 def flat_weights(rule: LSTMRule, theta: Tensors) -> torch.Tensor:
     """theta as the kernel reads it: one float32 tensor [num_meta_parameters]."""
-    first = ["dense"] if rule.config.dense_units else []
-    names = [*first, *(f"lstm.{layer}" for layer in range(rule.config.num_layers)), "output"]
-    return torch.cat([theta[f"{name}.{part}"].reshape(-1) for name in names for part in ("weight", "bias")]).float()
+    return native.flatten(theta, rule.names)[0].float()
 
 
 def fused_step(

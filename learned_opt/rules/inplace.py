@@ -15,9 +15,9 @@ import torch
 
 from learned_opt.rules import native
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
+from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.features import NUM_FEATURES, bias_correction, log_and_sign
 from learned_opt.rules.lstm import LSTMRule
-from learned_opt.rules.mixture import MixtureRule
 from learned_opt.task import Tensors
 
 Scratch = dict[str, torch.Tensor]
@@ -36,12 +36,12 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
         theta: its meta-parameters; with several sets each has that leading dimension.
         num_sets: how many optimizers run side by side, each on n / num_sets coordinates of its own.
     """
-    if not isinstance(rule, LSTMRule | MixtureRule):
+    if not isinstance(rule, CompiledRule):
         return None
     kernel = rule.native_kernel(theta)
     if kernel is not None:
         packed = kernel.pack(native.flatten(theta, rule.names, num_sets))
-        inputs, scale = rule.native_inputs, rule.config.output_scale
+        inputs, scale = rule.native_inputs, rule.native_scale
 
         def native_step(
             grads: torch.Tensor, params: torch.Tensor, state: Tensors, overwrite: bool
@@ -96,12 +96,12 @@ def update_(
     Returns:
         The update [n]; valid until the next call with this scratch.
     """
-    if isinstance(rule, LSTMRule | MixtureRule):
+    if isinstance(rule, CompiledRule):
         kernel = rule.native_kernel(theta)
         if kernel is not None:
             if "packed" not in scratch:
                 scratch["packed"] = kernel.pack(native.flatten(theta, rule.names))
-            return kernel.step(scratch["packed"], rule.native_inputs, rule.config.output_scale, grads, state, state)
+            return kernel.step(scratch["packed"], rule.native_inputs, rule.native_scale, grads, state, state)
     if isinstance(rule, LSTMRule):
         return _lstm_update_(rule, theta, grads, state, scratch)
     update, new_state = rule.update(theta, grads, params, state)

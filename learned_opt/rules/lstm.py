@@ -5,8 +5,8 @@ ELU, then through stacked LSTM layers; a linear read-out gives the update. Rows 
 coordinates. A layer's four gates are one block of rows in the order input, forget, output, candidate, so
 that one matrix product computes them and one sigmoid covers three of them.
 
-`backward` is back-propagation through time written out by hand: it keeps the activated gates of a chunk's run and
-needs no autograd graph. Where a kernel compiled for this machine can be had (`native`), it does the same. Tests hold
+`torch_backward` is back-propagation through time written out by hand: it keeps the activated gates of a chunk's run and
+needs no autograd graph. Where a kernel compiled for this machine can be had (`compiled`), it does the same. Tests hold
 both to autograd.
 """
 
@@ -21,14 +21,12 @@ import torch
 from torch.nn import functional as F
 
 from learned_opt.rules import native
-from learned_opt.rules.base import RuleConfig, UpdateRule
-from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized, normalized_vjp
+from learned_opt.rules.base import RuleConfig
+from learned_opt.rules.compiled import CompiledRule
+from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
 from learned_opt.task import Tensors
 
 INPUTS = ("normalized", "log_and_sign")
-
-NATIVE_CHUNK = 2**16
-"""Coordinates given to the compiled kernel at a time; it cuts them into blocks of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,7 @@ class LSTMRuleConfig(RuleConfig):
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
 
 
-class LSTMRule(UpdateRule):
+class LSTMRule(CompiledRule):
     """The coordinatewise LSTM.
 
     State: "hidden" and "cell" [layers, hidden, n]; with normalized inputs also "m", "v", "step".
@@ -86,11 +84,6 @@ class LSTMRule(UpdateRule):
         if layer:
             return self.config.hidden_size
         return self.config.dense_units or NUM_FEATURES
-
-    @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """The names of the rule's weights in theta, which may hold more than them."""
-        return tuple(self.init_theta(torch.Generator().manual_seed(0)))
 
     def init_theta(self, generator: torch.Generator) -> Tensors:
         """Uniform(±1/√hidden) weights as in `torch.nn.LSTM`, forget bias 1, and a read-out a tenth of that."""
@@ -123,7 +116,7 @@ class LSTMRule(UpdateRule):
             state |= {name: torch.zeros(num_coordinates, dtype=dtype, device=device) for name in ("m", "v", "step")}
         return state
 
-    def _features(self, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
+    def native_rows(self, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
         if self.config.inputs == "log_and_sign":
             inputs, active = log_and_sign(grads, self.config.log_range)
             return inputs, {}, active
@@ -133,7 +126,7 @@ class LSTMRule(UpdateRule):
         self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors
     ) -> tuple[torch.Tensor, Tensors]:
         c = self.config
-        x, new_state, active = self._features(grads, state)
+        x, new_state, active = self.native_rows(grads, state)
         if c.dense_units:
             x = F.elu(torch.addmm(theta["dense.bias"][:, None], theta["dense.weight"], x))
         hidden, cell = [], []
@@ -150,84 +143,36 @@ class LSTMRule(UpdateRule):
         return torch.where(active, out, 0.0), {**new_state, "hidden": torch.stack(hidden), "cell": torch.stack(cell)}
 
     @functools.cached_property
+    def native_shape(self) -> native.Shape:
+        """What the kernel is compiled for."""
+        c = self.config
+        return native.Shape(
+            num_features=NUM_FEATURES,
+            dense_units=c.dense_units,
+            num_layers=c.num_layers,
+            hidden_size=c.hidden_size,
+            output_tanh=c.output_tanh,
+        )
+
+    @functools.cached_property
     def native_inputs(self) -> native.Inputs:
-        """How a compiled kernel turns gradients into inputs."""
+        """How the kernel turns gradients into inputs."""
         c = self.config
         return native.Inputs(kind=c.inputs, betas=(c.beta,), eps=c.eps, log_range=c.log_range)
 
-    def native_kernel(self, theta: Tensors) -> native.LSTMKernel | None:
-        """The compiled kernel for this rule, where theta's device and type allow one."""
-        c = self.config
-        if not native.usable(*(theta[name] for name in self.names)):
-            return None
-        return native.kernel(
-            native.Shape(
-                num_features=NUM_FEATURES,
-                dense_units=c.dense_units,
-                num_layers=c.num_layers,
-                hidden_size=c.hidden_size,
-                output_tanh=c.output_tanh,
-            )
-        )
+    @property
+    def native_scale(self) -> float:
+        return self.config.output_scale
 
-    def backward_chunk(self, theta: Tensors) -> int:
-        return NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta)
-
-    def backward(
+    def torch_backward(
         self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
     ) -> Tensors:
-        kernel = self.native_kernel(theta)
-        if kernel is not None:
-            flat = kernel.backward(
-                native.flatten(theta, self.names),
-                self.native_inputs,
-                self.config.output_scale,
-                grads,
-                state,
-                loss_grads,
-            )
-            return native.unflatten(flat, self.names, theta)
         with torch.no_grad():
             tape = self._replay(theta, grads, state)
             # The derivative with respect to update t collects every later loss: p_{s+1} contains update t for all
             # s ≥ t.
             cotangents = loss_grads.flip(0).cumsum(0).flip(0)
             return self._backward_through_time(theta, tape, cotangents)
-
-    def vjp(
-        self,
-        theta: Tensors,
-        grads: torch.Tensor,
-        params: torch.Tensor,
-        state: Tensors,
-        d_update: torch.Tensor,
-        d_state: Tensors,
-    ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
-        kernel = self.native_kernel(theta)
-        if kernel is None:
-            return super().vjp(theta, grads, params, state, d_update, d_state)
-        c = self.config
-        if c.inputs != "normalized":
-            return native.pull_back(
-                kernel,
-                self.names,
-                self.native_inputs,
-                c.output_scale,
-                self._features,
-                theta,
-                grads,
-                params,
-                state,
-                d_update,
-                d_state,
-            )
-        rows, _, active = self._features(grads, state)
-        weights = native.flatten(theta, self.names)
-        flat, d_rows = kernel.vjp(weights, self.native_inputs, c.output_scale, rows, active, state, d_update, d_state)
-        d_grads, d_m, d_v = normalized_vjp(grads, state, c.beta, c.eps, d_rows, d_state["m"], d_state["v"])
-        # What the count of steps would pull back goes nowhere.
-        d_before = {**d_state, "m": d_m, "v": d_v, "step": torch.zeros_like(state["step"])}
-        return native.unflatten(flat, self.names, theta), d_grads, torch.zeros_like(params), d_before
 
     def _replay(self, theta: Tensors, grads: torch.Tensor, state: Tensors) -> _Tape:
         """Run the steps again, keeping each step's joined inputs, activated gates and cells."""
@@ -237,7 +182,7 @@ class LSTMRule(UpdateRule):
         active = torch.empty(num_steps, n, dtype=torch.bool, device=grads.device)
         part = state
         for t in range(num_steps):
-            row, part, active[t] = self._features(grads[t], part)
+            row, part, active[t] = self.native_rows(grads[t], part)
             features.append(row)
         inputs = torch.stack(features)
         dense = None

@@ -22,9 +22,9 @@ from typing import ClassVar
 import torch
 
 from learned_opt.rules import native
-from learned_opt.rules.base import RuleConfig, UpdateRule
+from learned_opt.rules.base import RuleConfig
+from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.features import NUM_DIRECTIONS, NUM_EVEN, NUM_MOMENTA, momenta
-from learned_opt.rules.lstm import NATIVE_CHUNK
 from learned_opt.task import Tensors
 
 
@@ -68,7 +68,7 @@ class MixtureRuleConfig(RuleConfig):
         return self.fast, self.medium, self.slow, self.square, self.slow_square
 
 
-class MixtureRule(UpdateRule):
+class MixtureRule(CompiledRule):
     """The LSTM that mixes momenta.
 
     State: "hidden" and "cell" [1, hidden, n], "m" [3, n], "v" [2, n], "step".
@@ -79,11 +79,6 @@ class MixtureRule(UpdateRule):
 
     def __init__(self, config: MixtureRuleConfig | None = None) -> None:
         self.config = config or MixtureRuleConfig()
-
-    @functools.cached_property
-    def names(self) -> tuple[str, ...]:
-        """The names of the rule's weights in theta, which may hold more than them."""
-        return tuple(self.init_theta(torch.Generator().manual_seed(0)))
 
     def init_theta(self, generator: torch.Generator) -> Tensors:
         """Uniform(±1/√hidden) weights as in `torch.nn.LSTM`, forget bias 1; the read-out a tenth of that, and Adam."""
@@ -127,66 +122,27 @@ class MixtureRule(UpdateRule):
         return torch.where(active, update, 0.0), {**new_state, "hidden": hidden[None], "cell": cell[None]}
 
     @functools.cached_property
+    def native_shape(self) -> native.Shape:
+        """What the kernel is compiled for."""
+        return native.Shape(
+            num_features=NUM_EVEN,
+            dense_units=0,
+            num_layers=1,
+            hidden_size=self.config.hidden_size,
+            output_tanh=False,
+            num_directions=NUM_DIRECTIONS,
+        )
+
+    @functools.cached_property
     def native_inputs(self) -> native.Inputs:
-        """How a compiled kernel turns gradients into inputs."""
+        """How the kernel turns gradients into inputs."""
         c = self.config
         return native.Inputs(kind="momenta", betas=c.betas, eps=c.eps, log_range=c.range)
 
-    def native_kernel(self, theta: Tensors) -> native.LSTMKernel | None:
-        """The compiled kernel for this rule, where theta's device and type allow one."""
-        if not native.usable(*(theta[name] for name in self.names)):
-            return None
-        return native.kernel(
-            native.Shape(
-                num_features=NUM_EVEN,
-                dense_units=0,
-                num_layers=1,
-                hidden_size=self.config.hidden_size,
-                output_tanh=False,
-                num_directions=NUM_DIRECTIONS,
-            )
-        )
+    @property
+    def native_scale(self) -> float:
+        return self.config.output_scale
 
-    def backward_chunk(self, theta: Tensors) -> int:
-        return NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta)
-
-    def backward(
-        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
-    ) -> Tensors:
-        kernel = self.native_kernel(theta)
-        if kernel is None:
-            return super().backward(theta, grads, params, state, loss_grads)
-        weights = native.flatten(theta, self.names)
-        flat = kernel.backward(weights, self.native_inputs, self.config.output_scale, grads, state, loss_grads)
-        return native.unflatten(flat, self.names, theta)
-
-    def vjp(
-        self,
-        theta: Tensors,
-        grads: torch.Tensor,
-        params: torch.Tensor,
-        state: Tensors,
-        d_update: torch.Tensor,
-        d_state: Tensors,
-    ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
-        kernel = self.native_kernel(theta)
-        if kernel is None:
-            return super().vjp(theta, grads, params, state, d_update, d_state)
-
-        def rows_of(grads: torch.Tensor, averages: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
-            directions, inputs, after, active = momenta(grads, averages, self.config.betas, self.config.eps)
-            return torch.cat([inputs, directions]), after, active
-
-        return native.pull_back(
-            kernel,
-            self.names,
-            self.native_inputs,
-            self.config.output_scale,
-            rows_of,
-            theta,
-            grads,
-            params,
-            state,
-            d_update,
-            d_state,
-        )
+    def native_rows(self, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
+        directions, inputs, after, active = momenta(grads, state, self.config.betas, self.config.eps)
+        return torch.cat([inputs, directions]), after, active

@@ -12,7 +12,7 @@ import ctypes
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -360,41 +360,3 @@ def _averages(state: Tensors) -> tuple[int | None, int | None, int | None, int]:
         return None, None, None, 0
     step = state["step"]
     return state["m"].data_ptr(), state["v"].data_ptr(), step.data_ptr(), int(step.numel() == 1)
-
-
-def pull_back(
-    kernel: LSTMKernel,
-    names: Sequence[str],
-    inputs: Inputs,
-    scale: float,
-    rows_of: Callable[[torch.Tensor, Tensors], tuple[torch.Tensor, Tensors, torch.Tensor]],
-    theta: Tensors,
-    grads: torch.Tensor,
-    params: torch.Tensor,
-    state: Tensors,
-    d_update: torch.Tensor,
-    d_state: Tensors,
-) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
-    """`UpdateRule.vjp` by a kernel: the network is the kernel's, the few numbers a coordinate before it autograd's.
-
-    Args:
-        kernel, inputs, scale: what the rule runs with.
-        names: the rule's weights in theta.
-        rows_of: (grads, averages) to (the kernel's rows [rows, n], new averages, mask [n] of what may move), in torch.
-        theta, grads, params, state, d_update, d_state: as in `UpdateRule.vjp`.
-    """
-    grads = grads.detach().requires_grad_()
-    averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in ("hidden", "cell")}
-    with torch.enable_grad():
-        rows, after, active = rows_of(grads, averages)
-    d_before = {name: d_state[name] for name in ("hidden", "cell")}
-    flat, d_rows = kernel.vjp(flatten(theta, names), inputs, scale, rows.detach(), active, state, d_update, d_before)
-    d_grads, *d_averages = torch.autograd.grad(
-        [rows, *after.values()],
-        [grads, *averages.values()],
-        [d_rows, *(d_state[name] for name in after)],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    d_all = {**d_before, **dict(zip(averages, d_averages))}
-    return unflatten(flat, names, theta), d_grads, torch.zeros_like(params), {name: d_all[name] for name in state}

@@ -1,0 +1,105 @@
+"""What the rules share whose network a compiled kernel can run: `native` where it can be had, plain torch elsewhere."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+
+import torch
+
+from learned_opt.rules import native
+from learned_opt.rules.base import UpdateRule
+from learned_opt.task import Tensors
+
+_NATIVE_CHUNK = 2**16
+"""Coordinates given to the compiled kernel at a time; it cuts them into blocks of its own."""
+
+
+class CompiledRule(UpdateRule):
+    """An LSTM rule that says which kernel is its own.
+
+    A subclass describes the kernel and computes the network's inputs in torch. State "hidden" and "cell" is the
+    network's; everything else in it is what the inputs are computed from.
+    """
+
+    @property
+    @abstractmethod
+    def native_shape(self) -> native.Shape:
+        """What the kernel is compiled for."""
+
+    @property
+    @abstractmethod
+    def native_inputs(self) -> native.Inputs:
+        """How the kernel turns gradients into inputs."""
+
+    @property
+    @abstractmethod
+    def native_scale(self) -> float:
+        """Factor on the read-out."""
+
+    @abstractmethod
+    def native_rows(self, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
+        """The kernel's rows [rows, n], the new averages, and a mask [n] of the coordinates that may move."""
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the rule's weights in theta, which may hold more than them."""
+        return tuple(self.init_theta(torch.Generator().manual_seed(0)))
+
+    def native_kernel(self, theta: Tensors) -> native.LSTMKernel | None:
+        """The compiled kernel for this rule, where theta's device and type allow one."""
+        if not native.usable(*(theta[name] for name in self.names)):
+            return None
+        return native.kernel(self.native_shape)
+
+    def backward_chunk(self, theta: Tensors) -> int:
+        return _NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta)
+
+    def backward(
+        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
+    ) -> Tensors:
+        kernel = self.native_kernel(theta)
+        if kernel is None:
+            return self.torch_backward(theta, grads, params, state, loss_grads)
+        weights = native.flatten(theta, self.names)
+        flat = kernel.backward(weights, self.native_inputs, self.native_scale, grads, state, loss_grads)
+        return native.unflatten(flat, self.names, theta)
+
+    def torch_backward(
+        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
+    ) -> Tensors:
+        """`backward` without a kernel; autograd through `update` unless a rule knows better."""
+        return super().backward(theta, grads, params, state, loss_grads)
+
+    def vjp(
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        d_update: torch.Tensor,
+        d_state: Tensors,
+    ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
+        """See `UpdateRule.vjp`; the network is the kernel's, the few numbers a coordinate before it autograd's."""
+        kernel = self.native_kernel(theta)
+        if kernel is None:
+            return super().vjp(theta, grads, params, state, d_update, d_state)
+        grads = grads.detach().requires_grad_()
+        averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in ("hidden", "cell")}
+        with torch.enable_grad():
+            rows, after, active = self.native_rows(grads, averages)
+        d_before = {name: d_state[name] for name in ("hidden", "cell")}
+        weights = native.flatten(theta, self.names)
+        flat, d_rows = kernel.vjp(
+            weights, self.native_inputs, self.native_scale, rows.detach(), active, state, d_update, d_before
+        )
+        d_grads, *d_averages = torch.autograd.grad(
+            [rows, *after.values()],
+            [grads, *averages.values()],
+            [d_rows, *(d_state[name] for name in after)],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        d_all = {**d_before, **dict(zip(averages, d_averages))}
+        d_theta = native.unflatten(flat, self.names, theta)
+        return d_theta, d_grads, torch.zeros_like(params), {name: d_all[name] for name in state}
