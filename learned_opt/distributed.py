@@ -17,6 +17,7 @@ import os
 import platform
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ TIMEOUT = datetime.timedelta(minutes=30)
 
 _ORPHAN_CHECK_SECONDS = 1.0
 _ORPHAN_GRACE_SECONDS = 30.0
+_LAUNCHER_SECONDS = 10.0
+"""How long a rank that starts looks for the store of the `torchrun` that started it, which is there before any rank."""
 
 
 class StoppedElsewhere(RuntimeError):
@@ -245,6 +248,8 @@ def start() -> Iterator[Ranks]:
     stop = threading.Event()
     if "TORCHELASTIC_RUN_ID" in environment:
         threading.Thread(target=_watch_parent, args=(os.getppid(), stop), daemon=True).start()
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _find_launcher(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
     with _named():
         store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
         dist.init_process_group(store=_fresh(store, rank, size), rank=rank, world_size=size, timeout=TIMEOUT)
@@ -284,6 +289,25 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
             raise RuntimeError(f"ranks {', '.join(map(str, sorted(missing)))} have not come")
         time.sleep(0.01)
     return PrefixStore(word, store)
+
+
+def _find_launcher(host: str, port: int) -> None:
+    """See that the `torchrun` that started this rank is still there.
+
+    One that is interrupted while it starts its ranks may leave a rank that it does not know of. That rank has another
+    parent by the time it looks, and would wait for the others until its patience ends.
+    """
+    end = time.monotonic() + _LAUNCHER_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=_LAUNCHER_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise LostRank(
+                    f"the torchrun that started this rank cannot be reached at {host}:{port} ({error}); start it again"
+                ) from error
+        time.sleep(0.1)
 
 
 def _watch_parent(parent: int, stop: threading.Event) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,8 @@ import rank_cases
 import torch
 import torchrun
 
-from learned_opt.distributed import ALONE, Ranks
+from learned_opt import distributed
+from learned_opt.distributed import ALONE, LostRank, Ranks
 from learned_opt.estimators.base import Estimate
 from learned_opt.estimators.sharded import mean_over_ranks
 from learned_opt.meta_loss import MetaLoss
@@ -154,3 +156,17 @@ def test_one_numbered_gpu_is_not_for_several_ranks(monkeypatch):
     assert Ranks(0, 1).place("cuda:1") == "cuda:1" and Ranks(0, 2, 0, 1).place("cpu") == "cpu"
     with pytest.raises(ValueError, match="device is 'cuda:0', one GPU, for 2 ranks on a machine; say 'cuda'"):
         Ranks(0, 2, 0, 2).place("cuda:0")
+
+
+def test_a_rank_whose_torchrun_is_gone_says_so(monkeypatch):
+    with socket.socket() as taken:  # bound, and nobody listens: a connection is refused
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        values = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setattr(distributed, "_LAUNCHER_SECONDS", 0.3)
+        said = rf"torchrun .* cannot be reached at 127\.0\.0\.1:{port} .*start it again"
+        with pytest.raises(LostRank, match=said), distributed.start():
+            pass
