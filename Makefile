@@ -12,6 +12,9 @@ PIP_FLAGS ?=
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 
+# Without byte code every process compiles torch's sources anew, which takes longer than all else that it does.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 # --no-compile: byte code is written for the modules that are imported, when they are; compiling all of them
 # took half of the whole installation's time.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 
 # Before anything imports them: the tracker must neither ask for a login nor print, and plots need no display.
@@ -14,6 +15,9 @@ os.environ["MPLBACKEND"] = "Agg"
 # Kernels are compiled for this run of the tests, once for all its processes: those of xdist inherit the folder.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["LEARNED_OPT_CACHE"] = tempfile.mkdtemp(prefix="learned_opt_tests_")
+# A shell's background jobs ignore Ctrl-C, and so would every process that a test starts in order to interrupt it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("LEARNED_OPT_NATIVE", "CXX"):
     os.environ.pop(_name, None)
 
