@@ -38,6 +38,8 @@ class MetaTrainerConfig:
         clip_norm: bound on the global norm of the meta-gradient, positive.
         accumulation: truncations averaged per outer step, at least 1.
         families_per_step: families that each outer step uses, in turn; 0 for all.
+        balance_families: divide every family's meta-gradient by a running average of its own norm before they are
+            averaged: families whose losses fall by decades then do not drown those that end on a noise floor.
         validation_every: outer steps between validations; 0 for none before the last step.
         validation_tasks: meta-validation tasks per family.
         validation_horizon: inner steps of each; 0 for the longest training horizon.
@@ -59,6 +61,7 @@ class MetaTrainerConfig:
     clip_norm: float = 1.0
     accumulation: int = 1
     families_per_step: int = 0
+    balance_families: bool = False
     validation_every: int = 50
     validation_tasks: int = 16
     validation_horizon: int = 0

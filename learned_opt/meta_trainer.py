@@ -32,6 +32,8 @@ from learned_opt.task import TaskFamily, Tensors
 from learned_opt.unroll import unroll
 
 _SKIPS_IN_A_ROW = 50
+_NORM_DECAY = 0.9
+"""Of the running average of a family's squared meta-gradient norm, where families are balanced."""
 
 
 class MetaTrainer:
@@ -139,6 +141,7 @@ class MetaTrainer:
         self.best_score, self.best_step = math.inf, -1
         self.totals = {"inner_steps": 0, "skipped": 0, "invalid": 0, "clipped": 0}
         self._skips_in_a_row = 0
+        self._squared_norms: dict[str, float] = {}
 
     def _chosen(self) -> list[str]:
         labels, count = list(self.work), self.config.families_per_step
@@ -165,6 +168,8 @@ class MetaTrainer:
         flying = [h for state in self.estimator_states.values() for h in self._sharded.horizons(state)]
         means, horizons = mean_over_ranks(own, self.ranks, [sum(flying), len(flying)])
         estimates: list[tuple[str, Estimate]] = list(zip(labels, means))
+        if config.balance_families:
+            estimates = [(label, self._balanced(label, estimate)) for label, estimate in estimates]
         for name, value in self.theta.items():
             # No gradient, rather than zeros, for what is held fixed: Adam would move on with its momentum.
             # Initial parameters learn from their own family alone.
@@ -212,6 +217,18 @@ class MetaTrainer:
             values = [e.metrics[name] for _, e in estimates if name in e.metrics]
             metrics[f"estimator/{name}"] = sum(values) / len(values)
         return metrics | {name: float(value) for name, value in self.totals.items()}
+
+    def _balanced(self, label: str, estimate: Estimate) -> Estimate:
+        """The estimate with the rule's meta-gradient over the root of its family's average squared norm."""
+        rule = {name: grad for name, grad in estimate.grads.items() if not is_initial(name)}
+        squared = float(sum(grad.double().square().sum() for grad in rule.values()))
+        if not math.isfinite(squared):
+            return estimate  # the outer step will be skipped
+        before = self._squared_norms.get(label)
+        average = squared if before is None else _NORM_DECAY * before + (1 - _NORM_DECAY) * squared
+        self._squared_norms[label] = average
+        scale = 1 / math.sqrt(average) if average > 0 else 0.0
+        return dataclasses.replace(estimate, grads=estimate.grads | {n: grad * scale for n, grad in rule.items()})
 
     def _plan_ahead(self, frozen: tuple[str, ...]) -> None:
         """Let the workloads follow the curriculum and the stages; episodes in flight keep their horizons."""
@@ -311,6 +328,7 @@ class MetaTrainer:
             "curriculum": self.curriculum.state_dict(),
             "totals": dict(self.totals),
             "skips_in_a_row": self._skips_in_a_row,
+            "squared_norms": dict(self._squared_norms),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -345,3 +363,4 @@ class MetaTrainer:
         self.best_score, self.best_step = state["best_score"], state["best_step"]
         self.totals = dict(state["totals"])
         self._skips_in_a_row = state["skips_in_a_row"]
+        self._squared_norms = dict(state.get("squared_norms", {}))  # checkpoints of 0.1.0 have none

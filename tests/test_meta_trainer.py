@@ -17,6 +17,7 @@ from learned_opt.meta_config import MetaTrainerConfig, optimizer_class
 from learned_opt.meta_loss import MetaLoss
 from learned_opt.meta_trainer import MetaTrainer
 from learned_opt.truncation import HorizonSchedule
+from tasks.augment import LossScaling
 from tasks.image_mlp import ImageMLP
 from tasks.quadratic import Quadratic
 
@@ -63,6 +64,7 @@ RESUMED = {
     "plain": {},
     "in_turn": {"families_per_step": 1},
     "accumulated": {"accumulation": 2, "optimizer": "AdamW"},
+    "balanced": {"families_per_step": 1, "balance_families": True},
     "momentum": {"optimizer": "SGD", "horizons": HorizonSchedule(kind="log_uniform", shortest=4, longest=9)},
 }
 
@@ -78,6 +80,7 @@ RESUMED = {
         ("compact", "accumulated", True),
         ("l2l", "momentum", True),
         ("adam", "momentum", False),
+        ("compact", "balanced", True),
     ],
 )
 def test_resumed_it_continues_with_the_same_bits(tmp_path, rule, settings, through_file):
@@ -100,6 +103,38 @@ def test_resumed_it_continues_with_the_same_bits(tmp_path, rule, settings, throu
         assert same(got, want)
         assert same(resumed.state_dict(), whole.state_dict())
     assert same(state, kept)
+
+
+def test_balanced_families_count_alike_whatever_their_losses_scale():
+    families = {"one": Quadratic(dim=3), "two": LossScaling(family=Quadratic(dim=4), log_range=5.0)}
+    settings = {"meta_loss": MetaLoss(normalization="none"), "optimizer": "SGD", "clip_norm": 1e9, "learning_rate": 0.5}
+    trainer, plain = (
+        trainer_of("adam", families, dtype=torch.float64, balance_families=balanced, **settings)
+        for balanced in (True, False)
+    )
+    norms, expected = [], {name: torch.zeros_like(value) for name, value in plain.theta.items()}
+    for label, work in plain.work.items():
+        grads = plain.estimator.estimate(work, plain.theta, plain.estimator_states[label]).grads
+        norms.append(math.sqrt(sum(float(grad.square().sum()) for grad in grads.values())))
+        for name, grad in grads.items():
+            expected[name] -= 0.5 * grad / norms[-1] / 2
+    assert max(norms) / min(norms) > 3
+    before = {name: value.clone() for name, value in trainer.theta.items()}
+    trainer.step()
+    for name, change in expected.items():
+        assert torch.allclose(trainer.theta[name] - before[name], change, rtol=1e-9, atol=1e-15)
+    # The average remembers: a second step's meta-gradients are divided by the root of 0.9 of the old squares and 0.1 new.
+    before = trainer.state_dict()["squared_norms"]
+    twin = trainer_of("adam", families, dtype=torch.float64, balance_families=True, **settings)
+    twin.load_state_dict(trainer.state_dict())
+    squares = {
+        label: sum(float(g.square().sum()) for g in grads.values())
+        for label, work in twin.work.items()
+        for grads in [twin.estimator.estimate(work, twin.theta, twin.estimator_states[label]).grads]
+    }
+    trainer.step()
+    for label, after in trainer.state_dict()["squared_norms"].items():
+        assert after == pytest.approx(0.9 * before[label] + 0.1 * squares[label], rel=1e-9)
 
 
 def test_resumed_after_the_last_validation_it_keeps_the_best():
