@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "image_mlp": _DIGITS,
     "image_mlp-logistic": {**_DIGITS, "hidden": []},
     "image_mlp-deep": {**_DIGITS, "hidden": [5, 4], "activation": "gelu", "init": "fan_in", "init_scale": 1.0},
+    "image_mlp-layer": {**_DIGITS, "hidden": [5, 4], "activation": "relu", "init": "fan_in", "norm": "layer"},
     "image_mlp-label_noise": {**_DIGITS, "label_noise": 0.5},
     "image_mlp_sampled": {"name": "image_mlp_sampled", "hidden": [5, 4], "batch_size": 6, "least_batch_size": 2},
     "spectrum_quadratic": {"name": "spectrum_quadratic", "dim": 5},

@@ -286,6 +286,8 @@ BAD_FIELDS = {
         ({"activation": "step"}, "activation must be one of .*relu.*; got 'step'"),
         ({"init": "zeros"}, "init must be one of normal, fan_in; got 'zeros'"),
         ({"init_scale": 0.0}, "init_scale must be positive; got 0.0"),
+        ({"norm": "batch"}, "norm must be one of none, layer; got 'batch'"),
+        ({"norm": "layer", "hidden": ()}, "norm must be none without hidden layers, .*; got 'layer'"),
     ],
     "sinusoid": [({"judge": "both"}, "judge must be one of support, query; got 'both'")],
     "quadratic": [

@@ -201,6 +201,59 @@ def test_the_convolutional_net_is_the_one_of_pytorchs_layers(norm):
     torch.testing.assert_close(family.outputs(params, task, images), want.detach(), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("hidden", [(5,), (6, 4, 7)])
+def test_the_normalized_mlp_is_the_one_of_pytorchs_layers(hidden):
+    """Outputs, loss and gradients of nn.Linear, nn.LayerNorm and the activation, in float64."""
+    family = tasks.get("image_mlp", hidden=hidden, activation="elu", norm="layer", init="fan_in", init_scale=1.0)
+    plain = tasks.get("image_mlp", hidden=hidden, activation="elu", init="fan_in", init_scale=1.0)
+    params, task = drawn(family)
+    unnormalized, _ = drawn(plain)
+    assert [n for n in params if not n.startswith(("scale", "shift"))] == list(unnormalized)
+    for name, value in params.items():
+        gain_or_shift = torch.ones_like(value) if name.startswith("scale") else torch.zeros_like(value)
+        assert torch.equal(value, unnormalized.get(name, gain_or_shift))
+    generator = torch.Generator().manual_seed(0)
+    params = {n: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in params.items()}
+    layers: list[nn.Module] = []
+    widths = [64, *hidden, 10]
+    for i, (fan_in, width) in enumerate(zip(widths, widths[1:])):
+        linear = nn.Linear(fan_in, width).double()
+        linear.weight.data, linear.bias.data = params[f"weight{i}"].T, params[f"bias{i}"]
+        layers.append(linear)
+        if i < len(hidden):
+            norm = nn.LayerNorm(width).double()
+            norm.weight.data, norm.bias.data = params[f"scale{i}"], params[f"shift{i}"]
+            layers += [norm, nn.ELU()]
+    rows = torch.arange(9)
+    net = nn.Sequential(*layers)
+    want = net(task["inputs"][rows])
+    torch.testing.assert_close(family.outputs(params, task, task["inputs"][rows]), want, rtol=1e-10, atol=1e-12)
+    F.cross_entropy(want, task["targets"][rows]).backward()
+    grads = gradient(family, params, task, {"rows": rows})
+    for i, layer in enumerate(m for m in net if not isinstance(m, nn.ELU)):
+        number = i // 2
+        pair = (f"weight{number}", f"bias{number}") if i % 2 == 0 else (f"scale{number}", f"shift{number}")
+        for name, value in zip(pair, (layer.weight.grad, layer.bias.grad)):
+            torch.testing.assert_close(grads[name], value.t(), rtol=1e-9, atol=1e-13)
+
+
+def test_without_normalization_the_mlp_is_what_it_was():
+    """Names, shapes and numbers of a network drawn and applied by hand."""
+    family = tasks.get("image_mlp", hidden=(3,), activation="tanh")
+    seed = SEEDS[0]
+    _, params = draw_task(family, "meta_train", seed)
+    generator = torch.Generator().manual_seed(seed)
+    want = {}
+    for i, shape in enumerate([(64, 3), (3, 10)]):
+        want |= {f"weight{i}": torch.randn(*shape, generator=generator) * 0.1, f"bias{i}": torch.zeros(shape[1])}
+    assert list(params) == list(want) and all(torch.equal(params[n], want[n]) for n in want)
+    _, task = drawn(family)
+    x = task["inputs"][:7]
+    by_hand = torch.tanh(x @ want["weight0"].double()) @ want["weight1"].double()
+    torch.testing.assert_close(family.outputs(double(params), task, x), by_hand, rtol=1e-12, atol=1e-14)
+    assert family == tasks.get("image_mlp", hidden=(3,), activation="tanh", norm="none")
+
+
 def test_the_convolutional_net_wants_square_images():
     family = tasks.get("image_conv")
     params, task = drawn(family)
