@@ -276,6 +276,56 @@ def test_unknown_names_suggest_near_ones():
         tasks.get("module")
 
 
+def test_short_and_capital_names_suggest_families_too():
+    for name, near in {"mlp": "image_mlp or image_mlp_sampled", "RNN": "char_rnn", "Quadratic": "quadratic"}.items():
+        with pytest.raises(ValueError, match=rf"unknown task family '{name}'; did you mean {near}( or \w+)*\?"):
+            tasks.get(name)
+    with pytest.raises(ValueError, match="unknown task family 3; choose from ackley"):
+        tasks.get(3)
+    with pytest.raises(
+        ValueError, match=r"families must be a mapping of labels to names and fields; got \['quadratic'\]"
+    ):
+        tasks.build(["quadratic"])
+    with pytest.raises(ValueError, match="family 'a' needs a name, as in .*; got 'quadratic'"):
+        tasks.build({"a": "quadratic"})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("image_mlp", {"batch_size": "64"}, "batch_size of task family 'image_mlp' must be an integer; got '64'"),
+        ("image_mlp", {"batch_size": 6.5}, "batch_size of task family 'image_mlp' must be an integer; got 6.5"),
+        ("image_mlp", {"batch_size": True}, "must be an integer; got True"),
+        ("image_mlp", {"hidden": 32}, "hidden of task family 'image_mlp' must be a list of integers; got 32"),
+        ("image_mlp", {"hidden": "32"}, "must be a list of integers; got '32'"),
+        ("image_mlp", {"hidden": [3.5]}, r"must be a list of integers; got \[3.5\]"),
+        ("image_mlp", {"init_scale": "1e-3"}, "init_scale of task family 'image_mlp' must be a number; got '1e-3'"),
+        ("image_mlp", {"activation": ["relu"]}, r"must be a string; got \['relu'\]"),
+        ("image_mlp", {"activation": None}, "must be a string; got None"),
+        ("image_mlp_sampled", {"init_scales": 2.0}, "init_scales of .* must be a list of numbers; got 2.0"),
+        ("image_mlp_sampled", {"activations": "relu"}, "must be a list of strings; got 'relu'"),
+        ("image_autoencoder", {"variational": "yes"}, "must be true or false; got 'yes'"),
+        ("char_rnn", {"text_file": Path("x")}, r"text_file of task family 'char_rnn' must be a string; got .*Path"),
+        ("convex_mixing", {"family": {"name": "quadratic", "dim": "3"}}, "dim of task family 'quadratic' must be an"),
+    ],
+)
+def test_values_of_another_type(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.get(name, **fields)
+
+
+def test_integers_are_numbers_and_lists_are_tuples():
+    family = tasks.get("image_mlp", hidden=[3], init_scale=1, label_noise=0)
+    assert family == tasks.get("image_mlp", hidden=(3,), init_scale=1.0, label_noise=0.0)
+
+
+@pytest.mark.parametrize("name", sorted(tasks.FAMILIES))
+def test_every_field_is_of_a_type_that_is_checked(name):
+    checked = {"int", "float", "str", "bool", "tuple[int, ...]", "tuple[str, ...]", "tuple[float, float]"}
+    for field in dataclasses.fields(tasks.FAMILIES[name]):
+        assert field.type in checked or field.name == "family"
+
+
 BAD_FIELDS = {
     "image_mlp": [
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),

@@ -334,15 +334,38 @@ def test_windows_of_a_text_file_stay_in_their_stretch(tmp_path):
 
 
 def test_texts_that_cannot_be_used(tmp_path):
-    with pytest.raises(FileNotFoundError, match="text_file 'nowhere.txt' is not a file"):
-        load_text("nowhere.txt")
+    for path in ("nowhere.txt", str(tmp_path)):
+        with pytest.raises(
+            FileNotFoundError, match=f"text_file '{path}' is not a file; give the path of a text file, or"
+        ):
+            load_text(path)
     path = tmp_path / "short.txt"
-    path.write_text("short")
-    with pytest.raises(ValueError, match="text_file must hold at least 3000 characters; .*short.txt' has 5"):
-        load_text(str(path))
+    for content in ("", "short"):
+        path.write_text(content)
+        message = f"text_file must hold at least 3000 characters; .*short.txt' has {len(content)}. Give a longer"
+        with pytest.raises(ValueError, match=message):
+            load_text(str(path))
+    for name, content, share in (
+        ("archive", bytes(range(256)) * 20, 39),
+        ("wide", ("text\n" * 1000).encode("utf-16"), 50),
+        ("greek", ("μῆνιν ἄειδε " * 500).encode(), 8),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            ValueError, match=f"must be plain text, at least 60% of it ASCII; of '.*{name}' {share}% is. U"
+        ):
+            load_text(str(tmp_path / name))
     path.write_text("x" * 3200)
     with pytest.raises(ValueError, match="length must be below 160 for a text this short; got 200"):
         draw_task(tasks.get("char_rnn", text_file=str(path), length=200), "meta_train", 0)
+
+
+def test_a_text_that_is_not_utf8_is_read_byte_by_byte(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("un café à Orléans\r\n".encode("latin-1") * 300)
+    text, _ = load_text(str(path))
+    want = "un caf    Orl ans \n" * 300  # accents and the carriage return count as spaces
+    assert text.tolist() == [0 if c == "\n" else ord(c) - 31 for c in want]
 
 
 @pytest.mark.parametrize("cell", ["tanh", "gru"])
