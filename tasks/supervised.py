@@ -38,8 +38,7 @@ class SupervisedFamily(TaskFamily):
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {self.batch_size}")
-        if not 0 <= self.label_noise <= 1:
-            raise ValueError(f"label_noise must lie in [0, 1]; got {self.label_noise}")
+        check_label_noise(self.label_noise)
 
     @abstractmethod
     def load(self) -> tuple[torch.Tensor, torch.Tensor, RowSplit]:
@@ -75,9 +74,7 @@ class SupervisedFamily(TaskFamily):
         if not self.label_noise:
             return {"rows": rows}
         _, targets, _ = self.load()
-        random = torch.randint(self.num_outputs(), rows.shape, generator=generator)
-        noisy = torch.rand(rows.shape, generator=generator) < self.label_noise
-        return {"rows": rows, "targets": torch.where(noisy, random, targets[rows])}
+        return {"rows": rows, "targets": with_noise(targets[rows], self.num_outputs(), self.label_noise, generator)}
 
     def row_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean loss over rows."""
@@ -108,6 +105,18 @@ def cross_entropy(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     over tasks several times faster, since its log-softmax and masked mean are separate passes.
     """
     return (scores.logsumexp(-1) - scores.gather(-1, targets[:, None])[:, 0]).mean()
+
+
+def check_label_noise(share: float) -> None:
+    """Raise ValueError unless the share of noisy labels lies in [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"label_noise must lie in [0, 1]; got {share}")
+
+
+def with_noise(classes: torch.Tensor, num_classes: int, share: float, generator: torch.Generator) -> torch.Tensor:
+    """The classes, this share of them (in expectation) replaced by uniformly drawn ones, which may be the same."""
+    random = torch.randint(num_classes, classes.shape, generator=generator)
+    return torch.where(torch.rand(classes.shape, generator=generator) < share, random, classes)
 
 
 def check_judge(judge: str) -> None:
