@@ -33,8 +33,8 @@ class SampledMLP(SupervisedFamily):
     A task draws its activation uniformly from `activations`, the scale of its initial weights (N(0, scale²/fan_in),
     biases 0) log-uniformly from `init_scales`, and its rows per mini-batch log-uniformly from `least_batch_size` to
     `batch_size`. Every activation is computed for every task and one of them used, and `batch_size` rows are computed
-    of which the task's own count, so a step costs the same for all. Reference: ln 10 = 2.303 is the loss of a uniform
-    guess; 0 is the infimum.
+    of which the task's own count, so a step costs the same for all. Parameters are those of
+    `tasks.supervised.init_mlp`. Reference: ln 10 = 2.303 is the loss of a uniform guess; 0 is the infimum.
 
     Attributes:
         dataset: "digits", "mnist" or "fashion_mnist".

@@ -17,6 +17,7 @@ from learned_opt.batched import BatchedFamily
 from learned_opt.particles import EpisodePlan, start_particles
 from learned_opt.task import SPLITS, TaskFamily, draw_batches, draw_task, task_seed
 from learned_opt.unroll import unroll
+from tasks.augment import Augmentation
 from tests.task_cases import CASES, LABELS, OWN, SHARED_ROWS, make
 
 DOCS = Path(__file__).parent.parent / "docs" / "tasks.md"
@@ -50,15 +51,50 @@ def one_task(label: str, split: str, seed: int, step: int = 0):
 
 def test_every_registered_family_has_a_case():
     assert {case["name"] for case in CASES.values()} == set(tasks.FAMILIES)
+    # The case of the family's own name is the one that every rule runs on.
+    assert all(CASES[name]["name"] == name for name in tasks.FAMILIES)
     assert all(family.name == name for name, family in tasks.FAMILIES.items())
+
+
+def table_rows(heading: str) -> list[list[str]]:
+    """The cells of the first table after this heading of docs/tasks.md, below its head."""
+    text = DOCS.read_text(encoding="utf-8")
+    lines = text[text.index(heading) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| ---")) + 1
+    last = next(i for i in range(first, len(lines) + 1) if i == len(lines) or not lines[i].startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[first:last]]
+
+
+def names_in(heading: str) -> list[str]:
+    return [row[0].strip("| `") for row in table_rows(heading)]
+
+
+def test_the_tables_of_the_docs_hold_every_family_and_nothing_else():
+    wrappers = [name for name, family in tasks.FAMILIES.items() if issubclass(family, Augmentation)]
+    problems = [name for name in tasks.FAMILIES if name not in wrappers]
+    assert names_in("# Task families") == [*problems, "module"]
+    assert sorted(names_in("## Augmentations")) == sorted(wrappers)
+
+
+def test_the_docs_say_of_every_family_how_its_splits_differ():
+    words = {row[0].strip("`"): row[2].strip(" |") for row in table_rows("# Task families")}
+    for label in LABELS:
+        family = family_of(label)
+        if isinstance(family, Augmentation) or label == "module-sampled":
+            continue
+        shares = bool(family.shared_data())
+        assert (words[family.name] != "seeds") == shares, label
 
 
 @pytest.mark.parametrize("name", [*sorted(tasks.FAMILIES), "module"])
 def test_documented(name):
     family = tasks.FAMILIES.get(name, tasks.ModuleFamily)
-    assert f"| `{name}` |" in DOCS.read_text(encoding="utf-8")
     doc = inspect.getdoc(family)
     assert doc is not None
+    bases = [base for base in family.__mro__ if issubclass(base, TaskFamily) and base is not TaskFamily]
+    if not issubclass(family, Augmentation) and name != "module":  # theirs is that of what they hold
+        said = " ".join(inspect.getdoc(base) or "" for base in bases)
+        assert "optimum" in said or "Reference:" in said
     if dataclasses.is_dataclass(family):
         inherited = "".join(inspect.getdoc(base) or "" for base in family.__mro__)
         for field in dataclasses.fields(family):
@@ -93,7 +129,7 @@ def test_batched_equals_one_by_one(label):
 @pytest.mark.parametrize("label", LABELS)
 def test_the_loss_that_judges_is_of_the_family_or_its_loss(label):
     batched, family = batched_of(label), family_of(label)
-    assert batched.judged_apart == ("query" in label)
+    assert batched.judged_apart == ("query" in str(CASES.get(label, {}).get("judge", label)))
     seeds = seeds_of("meta_train", 2)
     stacked, params = batched.start("meta_train", seeds)
     batch = {n: v[0] for n, v in batched.batches(stacked, seeds, [0, 0], 1).items()}
@@ -248,7 +284,8 @@ def test_batches_do_not_depend_on_the_truncation(label):
 
 
 # Every rule on every family; on the families' variants the default one.
-RUNS = [(label, rule) for label in LABELS for rule in (rules.RULES if label in tasks.FAMILIES else ["compact"])]
+EVERY_RULE = [*tasks.FAMILIES, "module-grouped"]
+RUNS = [(label, rule) for label in LABELS for rule in (rules.RULES if label in EVERY_RULE else ["compact"])]
 
 
 @pytest.mark.parametrize(("label", "rule_name"), RUNS)

@@ -22,8 +22,8 @@ class GroupedData:
     """Rows of inputs and targets, dealt out by group to meta-train, meta-validation and meta-test.
 
     A group belongs to one split with all of its rows: 60 % of the groups are meta-train, 20 % meta-validation, 20 %
-        meta-test (at least one
-    each). Within each group, `test_share` of the rows (at least one) is held out of the task for `eval_metrics`.
+    meta-test (at least one each). Within each group, `test_share` of the rows (at least one) is held out of the task
+    for `eval_metrics`.
 
     Args:
         inputs: [rows, …], numbers: NumPy array, tensor, or pandas DataFrame/Series. Floating point (float32 in here) or
