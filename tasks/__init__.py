@@ -25,6 +25,8 @@ from tasks.augment import (
 )
 from tasks.control import CartPole, Pendulum
 from tasks.data.grouped import GroupedData
+from tasks.data.images import DATASETS
+from tasks.data.tabular import TABLES
 from tasks.fields import check_types
 from tasks.forecasting import Forecasting
 from tasks.image_autoencoder import ImageAutoencoder
@@ -80,6 +82,8 @@ FAMILIES: dict[str, type[TaskFamily]] = {
 }
 """Every family that a name and a configuration rebuild. A new family is one file and one line here."""
 
+_DATASETS = {**dict.fromkeys(TABLES, Tabular.name), **dict.fromkeys(DATASETS, ImageMLP.name)}
+
 
 def get(name: str, **config: Any) -> TaskFamily:
     """The task family of this name.
@@ -96,6 +100,11 @@ def get(name: str, **config: Any) -> TaskFamily:
         if name == ModuleFamily.name:
             raise ValueError(
                 "a family on your own module is made in Python, not by name: tasks.ModuleFamily(module, loss, data)"
+            )
+        if name in _DATASETS:
+            raise ValueError(
+                f"{name!r} is a data set and no task family; give it as the field dataset of one, as in "
+                f"tasks.get({_DATASETS[name]!r}, dataset={name!r})"
             )
         raise ValueError(f"unknown task family {name!r}; {_suggest(name, sorted(FAMILIES))}")
     described = dataclasses.fields(cast(Any, FAMILIES[name]))

@@ -292,7 +292,8 @@ class ModuleFamily(TaskFamily):
             with torch.no_grad():
                 outputs = functional_call(self._module, {**params, **constants}, (inputs,))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(f"module failed on a batch of inputs, {given}: {_first_line(error)}") from error
+            hint = "" if inputs.is_floating_point() else "; layers other than embeddings want floating-point inputs"
+            raise ValueError(f"module failed on a batch of inputs, {given}: {_first_line(error)}{hint}") from error
         if not isinstance(outputs, torch.Tensor) or outputs.dim() == 0 or len(outputs) != len(inputs):
             got = _form(outputs) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise ValueError(f"module must return one tensor with one row per row of inputs ({given}); got {got}")

@@ -23,6 +23,7 @@ from tests.task_cases import CASES
 DIGITS = {"name": "image_mlp", "hidden": [4], "batch_size": 12}
 # smaller_batches changes the mini-batches, which is its purpose.
 WRAPPED = [label for label, case in CASES.items() if "family" in case and case["name"] != "smaller_batches"]
+PLAIN = [label for label, case in CASES.items() if "family" not in case]
 SEEDS = [task_seed("meta_train", 3, i) for i in range(200)]
 
 
@@ -180,6 +181,31 @@ def test_smaller_batches_are_batches_of_fewer_rows():
         drawn(full, SEEDS[0])
 
 
+@pytest.mark.parametrize("label", [x for x in PLAIN if x not in ("image_mlp_sampled", "spectrum_quadratic-noise")])
+def test_smaller_batches_of_every_family_that_draws_them(label):
+    """Loss and gradient are the family's own on the first k entries of its batch, whatever the batch holds."""
+    inner = tasks.get(**CASES[label])
+    whole = drawn(inner, SEEDS[0])[2]
+    if not any("." not in name for name in whole):
+        with pytest.raises(ValueError, match="smaller_batches needs a family that draws mini-batches; "):
+            drawn(tasks.get("smaller_batches", family=inner), SEEDS[0])
+        return
+    family, sizes = tasks.get("smaller_batches", family=inner), set()
+    for seed in SEEDS[:12]:
+        params, task, batch = drawn(family, seed)
+        whole = drawn(inner, seed)[2]
+        size = len(next(iter(whole.values())))
+        divisors = [k for k in range(1, size + 1) if size % k == 0]
+        k = divisors[int(float(task["smaller_batches0.uniform"]) * len(divisors))]
+        small = {name: value[:k] for name, value in whole.items()}
+        torch.testing.assert_close(family.loss(params, task, batch), inner.loss(params, task, small))
+        got, want = grad(family.loss)(params, task, batch), grad(inner.loss)(params, task, small)
+        for name in params:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-9)
+        sizes.add(k)
+    assert len(sizes) > 1
+
+
 def test_convex_mixing_adds_a_problem_with_optimum_zero():
     inner, family = tasks.get(**DIGITS), tasks.get("convex_mixing", family=DIGITS, dim=7)
     params, task, batch = drawn(family, SEEDS[0])
@@ -259,9 +285,6 @@ def _initial(wrapper, fields, inner, seed):
         if got is not None:
             pairs.append((got, want))
     return pairs, params, task
-
-
-PLAIN = [label for label, case in CASES.items() if "family" not in case]
 
 
 @pytest.mark.parametrize("label", PLAIN)

@@ -317,6 +317,12 @@ def test_short_and_capital_names_suggest_families_too():
     for name, near in {"mlp": "image_mlp or image_mlp_sampled", "RNN": "char_rnn", "Quadratic": "quadratic"}.items():
         with pytest.raises(ValueError, match=rf"unknown task family '{name}'; did you mean {near}( or \w+)*\?"):
             tasks.get(name)
+    with pytest.raises(
+        ValueError, match=r"'wine' is a data set and no task family; .* tasks.get\('tabular', dataset='w"
+    ):
+        tasks.get("wine")
+    with pytest.raises(ValueError, match=r"'mnist' is a data set .* tasks.get\('image_mlp', dataset='mnist'\)"):
+        tasks.get("mnist")
     with pytest.raises(ValueError, match="unknown task family 3; choose from ackley"):
         tasks.get(3)
     with pytest.raises(

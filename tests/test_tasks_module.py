@@ -505,6 +505,10 @@ class Pair(Branches):
             "LSTM in '' cannot be batched by torch.func.vmap; loop over time steps with nn.LSTMCell",
         ),
         ({"module": nn.Linear(4, 1)}, r"module failed on a batch of inputs, shape \(32, 3\) of float32: mat1 and mat2"),
+        (
+            {"data": GroupedData(np.arange(36).reshape(12, 3), np.zeros(12), list("abcd") * 3)},
+            r"module failed on a batch of inputs, shape \(32, 3\) of int64: .*; layers other than embeddings want",
+        ),
         ({"module": Pair()}, r"module must return one tensor with one row per row of inputs .*; got tuple"),
         ({"module": Counts()}, r"module changes its buffer 'calls' when it runs.*call module.eval\(\)"),
         (
