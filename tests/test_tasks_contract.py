@@ -76,6 +76,13 @@ def test_the_tables_of_the_docs_hold_every_family_and_nothing_else():
     assert sorted(names_in("## Augmentations")) == sorted(wrappers)
 
 
+def test_the_docs_say_how_fast_every_family_is():
+    text = DOCS.read_text(encoding="utf-8")
+    section = text[text.index("## Speed") :]
+    assert set(names_in("## Speed")) <= set(tasks.FAMILIES)
+    assert not [name for name in [*tasks.FAMILIES, "module"] if f"`{name}`" not in section]
+
+
 def test_the_docs_say_of_every_family_how_its_splits_differ():
     words = {row[0].strip("`"): row[2].strip(" |") for row in table_rows("# Task families")}
     for label in LABELS:

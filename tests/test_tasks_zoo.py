@@ -62,6 +62,33 @@ def test_the_reference_optimum_is_zero_and_stationary(name, tolerance):
             assert float(family.loss(other, task, {})) >= 0
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "count"),
+    [
+        ("image_mlp", {}, 10),
+        ("image_mlp", {"norm": "layer"}, 10),
+        ("image_mlp_sampled", {}, 10),
+        *(("image_conv", {"norm": norm}, 10) for norm in ("none", "layer", "batch")),
+        ("image_autoencoder", {}, 2),
+        ("image_autoencoder", {"variational": True}, 2),
+        ("tabular", {"dataset": "breast_cancer"}, 2),
+        ("tabular", {"dataset": "wine"}, 3),
+        ("tabular", {"dataset": "digits"}, 10),
+        ("char_rnn", {}, 96),
+        ("char_rnn", {"cell": "gru"}, 96),
+        ("char_transformer", {}, 96),
+    ],
+)
+def test_the_reference_loss_is_that_of_a_uniform_guess(name, fields, count):
+    """A network of zeros says the same of everything: its loss is the log of the number of classes, held out too."""
+    family = tasks.get(name, **fields)
+    params, task = drawn(family)
+    zero = {n: torch.zeros_like(v) for n, v in params.items()}
+    batch = {n: v[0] for n, v in double(draw_batches(family, task, SEEDS[0], 0, 1)).items()}
+    assert float(family.loss(zero, task, batch)) == pytest.approx(math.log(count), rel=1e-6)
+    assert float(family.eval_metrics(zero, task)["test_loss"]) == pytest.approx(math.log(count), rel=1e-6)
+
+
 def test_rosenbrock_is_the_textbook_function_divided_by_a_hundred():
     family = tasks.get("rosenbrock", dim=2)
     x, y = -1.2, 1.0
@@ -132,6 +159,27 @@ def test_logistic_regression_optimum_is_stationary():
         assert float(family.loss(params, task, {})) == pytest.approx(math.log(2), rel=1e-12)
         best = family.optimum(task)
         assert max(float(g.abs().max()) for g in gradient(family, best, task, {}).values()) < 1e-9
+
+
+def test_the_optima_are_scikit_learns():
+    from sklearn import linear_model
+
+    family = tasks.get("lasso")
+    for seed in SEEDS[:3]:
+        _, task = drawn(family, seed)
+        fitted = linear_model.Lasso(alpha=0.005 / 25, fit_intercept=False, tol=1e-12, max_iter=1_000_000)
+        fitted.fit(task["a"].numpy(), task["b"].numpy())
+        theirs = float(family.loss({"x": torch.from_numpy(fitted.coef_)}, task, {}))
+        assert float(family.loss(family.optimum(task), task, {})) == pytest.approx(theirs, rel=1e-6)
+    family = tasks.get("logistic_regression")
+    for seed in SEEDS[:3]:
+        _, task = drawn(family, seed)
+        points = torch.cat([task["points"], torch.ones(100, 1)], dim=1)  # ours penalizes the bias as well
+        fitted = linear_model.LogisticRegression(C=1 / (100 * 1e-3), fit_intercept=False, tol=1e-12, max_iter=10_000)
+        fitted.fit(points.numpy(), task["signs"].numpy())
+        best = family.optimum(task)
+        theirs = torch.from_numpy(fitted.coef_[0])
+        torch.testing.assert_close(torch.cat([best["weight"], best["bias"]]), theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dataset", TABLES)
@@ -511,6 +559,17 @@ def test_finance_has_regimes_that_last():
     assert min(variances) > 2 / 20
     assert sum(variances) / len(variances) > 4 / 20
     assert all(0.2 < float(t["noise_variance"]) < 1 for t in tasks_drawn)
+
+
+def test_finance_has_the_stated_noise_within_a_regime():
+    family = tasks.get("forecasting", kind="finance", length=4000)
+    ratios = []
+    for seed in SEEDS:
+        _, task = drawn(family, seed)
+        steps = task["series"].diff()
+        ratios.append(float(steps.square().mean() / 2 / task["noise_variance"]))
+    # Half the mean square of a step is the noise, and a change of regime in 3 of 100 adds some 4 % on average.
+    assert sum(ratios) / len(ratios) == pytest.approx(1.04, abs=0.07)
 
 
 def test_forecasts_are_tested_on_the_last_quarter_alone():
