@@ -25,6 +25,9 @@ from tasks.augment import (
 )
 from tasks.control import CartPole, Pendulum
 from tasks.data.grouped import GroupedData
+from tasks.data.images import DATASETS
+from tasks.data.tabular import TABLES
+from tasks.fields import check_types
 from tasks.forecasting import Forecasting
 from tasks.image_autoencoder import ImageAutoencoder
 from tasks.image_conv import ImageConv
@@ -79,6 +82,8 @@ FAMILIES: dict[str, type[TaskFamily]] = {
 }
 """Every family that a name and a configuration rebuild. A new family is one file and one line here."""
 
+_DATASETS = {**dict.fromkeys(TABLES, Tabular.name), **dict.fromkeys(DATASETS, ImageMLP.name)}
+
 
 def get(name: str, **config: Any) -> TaskFamily:
     """The task family of this name.
@@ -89,12 +94,17 @@ def get(name: str, **config: Any) -> TaskFamily:
 
     Raises:
         ValueError: an unknown name or field (near matches are suggested), a field without default that is left out, or
-            a value out of range.
+            a value of another type or out of range.
     """
     if name not in FAMILIES:
         if name == ModuleFamily.name:
             raise ValueError(
                 "a family on your own module is made in Python, not by name: tasks.ModuleFamily(module, loss, data)"
+            )
+        if name in _DATASETS:
+            raise ValueError(
+                f"{name!r} is a data set and no task family; give it as the field dataset of one, as in "
+                f"tasks.get({_DATASETS[name]!r}, dataset={name!r})"
             )
         raise ValueError(f"unknown task family {name!r}; {_suggest(name, sorted(FAMILIES))}")
     described = dataclasses.fields(cast(Any, FAMILIES[name]))
@@ -105,6 +115,7 @@ def get(name: str, **config: Any) -> TaskFamily:
     for found in described:
         if found.default is found.default_factory is dataclasses.MISSING and found.name not in config:
             raise ValueError(f"task family {name!r} needs {found.name}; see the description of its fields")
+    check_types(name, FAMILIES[name], config)
     return FAMILIES[name](**config)
 
 
@@ -118,12 +129,14 @@ def build(described: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskFamily]:
         ValueError: what `get` and `sample_families` raise, or an entry without a name.
     """
     families: dict[str, TaskFamily] = {}
+    if not isinstance(described, Mapping):
+        raise ValueError(f"families must be a mapping of labels to names and fields; got {described!r}")
     for label, values in described.items():
-        fields = dict(values)
-        if "name" not in fields:
+        if not isinstance(values, Mapping) or "name" not in values:
             raise ValueError(
-                f"family {label!r} needs a name, as in {{name: image_mlp, activation: relu}}; got {fields}"
+                f"family {label!r} needs a name, as in {{name: image_mlp, activation: relu}}; got {values!r}"
             )
+        fields = dict(values)
         name, sample = fields.pop("name"), fields.pop("sample", None)
         if sample is None:
             families[label] = get(name, **fields)
@@ -136,6 +149,8 @@ def build(described: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskFamily]:
     return families
 
 
-def _suggest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3)
+def _suggest(word: Any, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(word).lower(), known, n=3)
+    # "mlp" and "conv" are too short for the ratio of equal letters, and yet say what is meant.
+    near = near or [name for name in known if str(word) and str(word).lower() in name.split("_")]
     return f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(known)}"

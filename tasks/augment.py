@@ -248,7 +248,8 @@ class SmallerBatches(Augmentation):
     """Mini-batches of fewer different rows: k of the family's batch_size, k drawn per task from its divisors.
 
     The k rows are repeated to the family's batch_size, so tasks of different k still run as one batched program, at the
-    same cost, and their losses and gradients are those of batches of k rows.
+    same cost, and their losses and gradients are those of batches of k rows. Of a family whose tasks count only some
+    rows of a batch (`image_mlp_sampled`), that many of the repeated rows count.
     """
 
     name: ClassVar[str] = "smaller_batches"

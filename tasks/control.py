@@ -24,7 +24,7 @@ _GRAVITY = 9.81
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlFamily(TaskFamily):
-    """Mean cost of a policy along runs from random states.
+    """Mean cost of a policy along runs from random states. Its parameters are those of `tasks.supervised.init_mlp`.
 
     Attributes:
         num_steps: time steps of a run; at least 1.

@@ -21,12 +21,13 @@ _SIGNAL_TO_NOISE = 10.0
 class Forecasting(TaskFamily):
     """Mean squared error of an MLP that predicts a series' next value from its last `num_lags`.
 
-    "traffic" is hourly: a daily and a weekly season of random shape, a slow trend, and Gaussian noise whose variance
-    is a tenth of the rest's. "finance" is the log of the size of returns whose volatility jumps between a calm and a
-    wild regime (a Markov chain), 3 to 10 times as wild. Each series is standardized by its training part. Training
-    windows end in its first three quarters; `eval_metrics` reports the "test_loss" of those whose target lies in the
-    last quarter. Reference: predicting the mean has loss about 1; for traffic no predictor does better than the
-    task's constant "noise_variance" in expectation, for finance that is what one has who is told the regime.
+    "traffic" is hourly: a daily and a weekly season of random shape, a slow trend, and Gaussian noise whose variance is
+    a tenth of the rest's. "finance" is the log of the size of returns whose volatility jumps between a calm and a wild
+    regime (a Markov chain), 3 to 10 times as wild. Each series is standardized by its training part. Training windows
+    end in its first three quarters; `eval_metrics` reports the "test_loss" of those whose target lies in the last
+    quarter. Parameters are those of `tasks.supervised.init_mlp`. Reference: predicting the mean has loss about 1; for
+    traffic no predictor does better than the task's constant "noise_variance" in expectation, for finance that is what
+    one has who is told the regime.
 
     Attributes:
         kind: "traffic" or "finance".

@@ -21,10 +21,10 @@ class ImageAutoencoder(TaskFamily):
     Encoder and decoder are MLPs with mirrored hidden layers. With `variational`, the encoder says mean and log variance
     of a Gaussian code, the decoder sees a draw from it, and the loss is the negative evidence lower bound divided by
     the number of pixels (Kingma and Welling, 2014). `eval_metrics` reports the "test_loss" on rows held out of the
-    tasks, where the code is its mean.
-    Reference: ln 2 = 0.693 per pixel is the loss of a decoder that says one half everywhere; since pixels are shades,
-        the infimum is the
-    mean entropy of the pixels and not 0.
+    tasks, where the code is its mean. Parameters are those of `tasks.supervised.init_mlp` for each of the two, named
+    "encoder.weight0" and so on; a variational encoder has twice the code's length of outputs. Reference: ln 2 = 0.693
+    per pixel is the loss of a decoder that says one half everywhere; since pixels are shades, the infimum is the mean
+    entropy of the pixels and not 0.
 
     Attributes:
         dataset: "digits", "mnist" or "fashion_mnist".

@@ -23,8 +23,9 @@ class ImageConv(SupervisedFamily):
     """Cross-entropy of a convolutional classifier on mini-batches of square images, pixels in [0, 1].
 
     Every layer is a 3x3 convolution with padding, a normalization, an activation, and average pooling by 2 while the
-    image is at least 2 pixels wide; then the mean over what is left of the image, and a linear layer. Reference: ln 10
-    = 2.303 is the loss of a uniform guess; 0 is the infimum.
+    image is at least 2 pixels wide; then the mean over what is left of the image, and a linear layer. Parameters are
+    "conv0" [channels, inputs, 3, 3], "shift0" [channels], with a normalization "scale0" [channels], and so on, then
+    "weight" [channels, 10] and "bias" [10]. Reference: ln 10 = 2.303 is the loss of a uniform guess; 0 is the infimum.
 
     Attributes:
         dataset: "digits", "mnist" or "fashion_mnist".

@@ -23,9 +23,9 @@ class SpectrumQuadratic(TaskFamily):
     """f(x) = ½ (x − c − ε)ᵀ H (x − c − ε), with a chosen spectrum of H and, where asked for, a minimum that jitters.
 
     H = Q diag(λ) Qᵀ with eigenvalues log-uniform between 1/condition and 1, both ends included, and Q a random
-    rotation; c and the initial x are N(0, 1). ε is N(0, noise²), fresh at every step, so gradients have covariance
-    noise² H². Without noise the optimum is 0, at c; with it the expected loss there is ½ noise² · trace H, the least
-    there is.
+    rotation; c and the initial x, "x" [dim], are N(0, 1). ε is N(0, noise²), fresh at every step, so gradients have
+    covariance noise² H². Without noise the optimum is 0, at c; with it the expected loss there is ½ noise² · trace H,
+    the least there is.
 
     Attributes:
         dim: length of x; at least 2.
@@ -82,8 +82,9 @@ class Lasso(TaskFamily):
     """Sparse regression: f(x) = ½ |Ax − b|² + weight · |x|₁.
 
     A [num_rows, dim] is Gaussian with columns of length 1, b = A x* with a tenth of x* N(0, 1) and the rest 0, and x
-    starts at N(0, init_scale²). `optimum` solves a task by accelerated proximal gradient steps (Beck and Teboulle,
-    2009).
+    starts at N(0, init_scale²), "x" [dim]. `optimum` solves a task by accelerated proximal gradient steps (Beck and
+    Teboulle, 2009). Size and weight are those of the benchmark of Chen et al., "Learning to Optimize: A Primer and a
+    Benchmark" (2022).
 
     Attributes:
         num_rows: measurements; at least 1.
@@ -136,7 +137,7 @@ class MatrixFactorization(TaskFamily):
     """Mean squared error of U Vᵀ against a matrix of that rank: f(U, V) = mean (U Vᵀ − M)²; its optimum is 0.
 
     M = U* V*ᵀ/√rank with U* [num_rows, rank] and V* [num_columns, rank] N(0, 1), so entries of M have variance 1.
-    U and V start at N(0, init_scale²); the origin is a saddle.
+    U and V, "u" [num_rows, rank] and "v" [num_columns, rank], start at N(0, init_scale²); the origin is a saddle.
 
     Attributes:
         num_rows: of M; at least 1.
@@ -181,7 +182,8 @@ class LogisticRegression(TaskFamily):
     """Regularized logistic loss of generated points: mean log(1 + exp(−y (x · w + b))) + ½ weight_decay (|w|² + b²).
 
     Points are N(0, I) [num_rows, dim]; y = ±1 is the sign of x · w* with w* N(0, I), flipped for a tenth of the points.
-    w and b start at 0, where the loss is log 2. The problem is strongly convex; `optimum` solves it by Newton's method.
+    w and b, "weight" [dim] and "bias" [1], start at 0, where the loss is log 2. The problem is strongly convex;
+    `optimum` solves it by Newton's method.
 
     Attributes:
         num_rows: points of a task; at least 2.

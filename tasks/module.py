@@ -2,8 +2,8 @@
 
 The module runs through `torch.func.functional_call`, so many copies of it with parameters of their own run as one
 batched program. That asks two things of it: the same outputs for the same inputs (no dropout), and nothing changed in
-place (batch normalization is switched to the statistics of the batch at hand). Both are checked when the family is
-made. Tasks of a module that branches on the values of tensors run one by one instead.
+place (batch normalization in train mode takes the statistics of the rows at hand instead). Both are checked when the
+family is made. Tasks of a module that branches on the values of tensors run one by one instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.func import functional_call, grad_and_value, replace_all_batch_norm_modules_, vmap
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.parameter import UninitializedParameter
 
 from learned_opt.task import TaskFamily, Tensors, check_split, draw_batches, draw_task, stack
+from tasks.batch_statistics import COUNTS, RowStatistics, use_row_statistics
 from tasks.data.grouped import GroupedData, as_tensor
 from tasks.data.rows import RowRange, draw_rows, num_held_out
 
@@ -26,7 +28,6 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 SampleFunction = Callable[[str, torch.Generator], tuple[Any, Any]]
 
 _CONSTANT = "constant:"
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
@@ -74,7 +75,13 @@ class ModuleFamily(TaskFamily):
         if not isinstance(data, GroupedData) and not callable(data):
             raise ValueError(
                 "data must be a GroupedData or a function (split, generator) -> (inputs, targets); got "
-                f"{type(data).__name__}"
+                f"{type(data).__name__}. Wrap arrays as GroupedData(inputs, targets, groups) and tables by "
+                "GroupedData.from_frame(frame, group=…, target=…)"
+            )
+        if not callable(loss) or isinstance(loss, type):
+            raise ValueError(
+                f"loss must be a function (outputs, targets) -> scalar, such as F.mse_loss or nn.MSELoss(); got "
+                f"{loss!r}"
             )
         self.batch_size, self.init, self.test_share = batch_size, init, test_share
         self._data, self._loss = data, loss
@@ -82,16 +89,23 @@ class ModuleFamily(TaskFamily):
         self._make = None if isinstance(module, nn.Module) else module
         # A copy: replacing batch normalization and re-drawing parameters must not touch the caller's module.
         self._module = copy.deepcopy(module) if isinstance(module, nn.Module) else _make_module(module, 0)
+        lazy = [n for n, p in self._module.named_parameters() if isinstance(p, UninitializedParameter)]
+        if lazy:
+            raise ValueError(
+                f"module has a parameter of unknown shape, {lazy[0]!r}; give its layer its number of inputs, as "
+                "nn.Linear asks for"
+            )
         self._module = self._module.to("cpu", torch.float32)
         _check_layers(self._module)
         self._start = {n: p.detach().clone() for n, p in self._module.named_parameters() if p.requires_grad}
         if not self._start:
             raise ValueError("module must have at least one parameter with requires_grad=True; it has none")
-        batch_norms = [m for m in self._module.modules() if isinstance(m, _BATCH_NORMS) and m.training]
-        for layer in batch_norms:
-            replace_all_batch_norm_modules_(layer)
-        if batch_norms:
+        self._module, mixes_rows = use_row_statistics(self._module)
+        if mixes_rows:
             self._check_batch_statistics()
+        self._row_counts = {
+            f"{n}.{COUNTS}".lstrip(".") for n, m in self._module.named_modules() if isinstance(m, RowStatistics)
+        }
         frozen = [(n, p) for n, p in self._module.named_parameters() if not p.requires_grad]
         self._constants = {n: t.detach().clone() for n, t in [*self._module.named_buffers(), *frozen]}
         if init == "reset":
@@ -137,17 +151,21 @@ class ModuleFamily(TaskFamily):
         rows = batch["rows"]
         return self._loss(self.outputs(params, task, task["inputs"][rows]), task["targets"][rows])
 
-    def outputs(self, params: Tensors, task: Tensors, inputs: torch.Tensor) -> torch.Tensor:
-        """What the module says to inputs [rows, …]."""
+    def outputs(
+        self, params: Tensors, task: Tensors, inputs: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What the module says to inputs [rows, …]; where `counts` [rows] is 0, batch normalization ignores a row."""
         constants = {name: task[_CONSTANT + name] for name in self._constants}
+        if counts is not None:
+            constants |= {name: counts for name in constants if name in self._row_counts}
         return functional_call(self._module, {**params, **constants}, (inputs,))
 
     def eval_metrics(self, params: Tensors, task: Tensors) -> Tensors:
         """The "test_loss", and for class scores and integer targets the "test_accuracy", of the held-out rows.
 
-        Both are means over rows, each row's loss taken by itself.
-        Groups hold out different numbers of rows and are evaluated together, so short ones are padded with rows
-        of their own that do not count.
+        Both are means over rows, each row's loss taken by itself. Groups hold out different numbers of rows and are
+        evaluated together, so short ones are padded with rows of their own that do not count, neither in the means nor
+        in the statistics of batch normalization.
         """
         sampled_test = num_held_out(len(task["inputs"]), self.test_share)
         most = self._data.most_test if isinstance(self._data, GroupedData) else sampled_test
@@ -155,7 +173,7 @@ class ModuleFamily(TaskFamily):
         rows = task["first_row"] + task["num_rows"] + index % task["num_test"]
         counts = index < task["num_test"]
         targets = task["targets"][rows]
-        outputs = self.outputs(params, task, task["inputs"][rows])
+        outputs = self.outputs(params, task, task["inputs"][rows], counts.to(next(iter(params.values())).dtype))
         losses = self._row_losses(outputs, targets)
 
         def mean(values: torch.Tensor) -> torch.Tensor:
@@ -274,7 +292,8 @@ class ModuleFamily(TaskFamily):
             with torch.no_grad():
                 outputs = functional_call(self._module, {**params, **constants}, (inputs,))
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
-            raise ValueError(f"module failed on a batch of inputs, {given}: {_first_line(error)}") from error
+            hint = "" if inputs.is_floating_point() else "; layers other than embeddings want floating-point inputs"
+            raise ValueError(f"module failed on a batch of inputs, {given}: {_first_line(error)}{hint}") from error
         if not isinstance(outputs, torch.Tensor) or outputs.dim() == 0 or len(outputs) != len(inputs):
             got = _form(outputs) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise ValueError(f"module must return one tensor with one row per row of inputs ({given}); got {got}")
@@ -342,7 +361,13 @@ def _make_module(make: Callable[[], nn.Module], seed: int) -> nn.Module:
     if not callable(make):
         raise ValueError(f"module must be a torch.nn.Module or a function that makes one; got {type(make).__name__}")
     with _seeded(seed):
-        module = make()
+        try:
+            module = make()
+        except TypeError as error:
+            raise ValueError(
+                f"the function that makes the module failed when called without arguments: {_first_line(error)}. Bind "
+                "them, for example lambda: Network(3, 4)"
+            ) from error
     if not isinstance(module, nn.Module):
         raise ValueError(
             f"the function that makes the module must return a torch.nn.Module; got {type(module).__name__}"

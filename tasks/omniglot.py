@@ -13,9 +13,18 @@ from learned_opt.task import SPLITS, TaskFamily, Tensors, check_split
 from tasks.data.omniglot import SIDE, load_omniglot
 from tasks.data.rows import SPLIT_SHARES
 from tasks.image_conv import apply_conv, check_conv, init_conv
-from tasks.supervised import apply_mlp, check_judge, check_network, cross_entropy, init_mlp
+from tasks.supervised import (
+    apply_mlp,
+    check_judge,
+    check_label_noise,
+    check_network,
+    cross_entropy,
+    init_mlp,
+    with_noise,
+)
 
 SIDES = (28, 14, 7)
+_NOISY = "noisy.classes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,8 @@ class Omniglot(TaskFamily):
         activation: one of `tasks.activations.ACTIVATIONS`.
         init_scale: weights are N(0, init_scale²/fan_in), biases 0; positive.
         judge: which drawings the meta-loss is of: "support", or "query" for what few-shot learning is after.
+        label_noise: share of the support's classes that are replaced by uniformly drawn ones, anew at every step, in
+            [0, 1]; the queries keep theirs.
     """
 
     name: ClassVar[str] = "omniglot"
@@ -56,6 +67,7 @@ class Omniglot(TaskFamily):
     activation: str = "relu"
     init_scale: float = 1.4142135
     judge: str = "support"
+    label_noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("channels", "hidden"):
@@ -63,6 +75,7 @@ class Omniglot(TaskFamily):
         if not self.data_dir:
             raise ValueError("data_dir must name a folder with Omniglot's zip files; got ''")
         check_judge(self.judge)
+        check_label_noise(self.label_noise)
         if self.side not in SIDES:
             raise ValueError(f"side must be one of {', '.join(map(str, SIDES))}; got {self.side}")
         for name, least in (("num_ways", 2), ("num_shots", 1), ("num_queries", 1)):
@@ -137,8 +150,16 @@ class Omniglot(TaskFamily):
             return apply_conv(params, self.norm, self.activation, images.reshape(-1, 1, self.side, self.side))
         return apply_mlp(params, self.activation, images)
 
+    def sample_batches(self, task: Tensors, num_steps: int, generator: torch.Generator) -> Tensors:
+        if not self.label_noise:
+            return {}
+        classes = torch.arange(self.num_ways).repeat_interleave(self.num_shots).expand(num_steps, -1)
+        # The dot keeps wrappers from taking the classes alone for a mini-batch of rows.
+        return {_NOISY: with_noise(classes, self.num_ways, self.label_noise, generator)}
+
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
         images, classes = self.rows(task, slice(0, self.num_shots))
+        classes = batch.get(_NOISY, classes)
         return cross_entropy(self.outputs(params, images), classes)
 
     def _query_rows(self, task: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

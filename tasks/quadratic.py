@@ -24,7 +24,7 @@ class Quadratic(TaskFamily):
     """f(θ) = |Wθ − y|², the sum of squares; its optimum is 0 almost surely, since W is square.
 
     Attributes:
-        dim: W is [dim, dim], y and θ are [dim]; at least 1.
+        dim: W is [dim, dim], y and θ, "theta", are [dim]; at least 1.
         convention: one of `CONVENTIONS`.
     """
 

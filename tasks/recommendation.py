@@ -18,7 +18,9 @@ class Recommendation(TaskFamily):
     factors of variance 1/√rank, so that their products have variance 1, and biases N(0, 0.3²) give every user's
     rating of every item, with noise N(0, noise²). The site has seen `num_ratings` of them, none twice; users differ
     in how many are theirs, about as 1/k for the k-th most active one, so many are cold starts. `eval_metrics` reports
-    the "test_loss" (squared error without penalty) on as many other ratings. Reference: noise² is the expected loss
+    the "test_loss" (squared error without penalty) on as many other ratings. Parameters are "mean" [], "user_bias"
+    [num_users], "item_bias" [num_items], "users" [num_users, rank] and "items" [num_items, rank]. Source of the model:
+    Koren, Bell and Volinsky, 2009. Reference: noise² is the expected loss
     of the true factors, about 1.18 + noise² that of predicting the mean.
 
     Attributes:
@@ -48,9 +50,8 @@ class Recommendation(TaskFamily):
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if 2 * self.num_ratings > self.num_users * self.num_items:
             raise ValueError(
-                f"num_ratings must be at most half of num_users · num_items = {self.num_users * self.num_items}, "
-                "since as "
-                f"many are held out; got {self.num_ratings}"
+                f"num_ratings must be at most half of num_users · num_items = {self.num_users * self.num_items}, since "
+                f"as many are held out; got {self.num_ratings}"
             )
         for name in ("noise", "weight_decay"):
             if not getattr(self, name) >= 0:

@@ -33,8 +33,8 @@ class SampledMLP(SupervisedFamily):
     A task draws its activation uniformly from `activations`, the scale of its initial weights (N(0, scale²/fan_in),
     biases 0) log-uniformly from `init_scales`, and its rows per mini-batch log-uniformly from `least_batch_size` to
     `batch_size`. Every activation is computed for every task and one of them used, and `batch_size` rows are computed
-    of which the task's own count, so a step costs the same for all. Reference: ln 10 = 2.303 is the loss of a uniform
-    guess; 0 is the infimum.
+    of which the task's own count, so a step costs the same for all. Parameters are those of
+    `tasks.supervised.init_mlp`. Reference: ln 10 = 2.303 is the loss of a uniform guess; 0 is the infimum.
 
     Attributes:
         dataset: "digits", "mnist" or "fashion_mnist".
@@ -133,6 +133,9 @@ def sample_families(
     """
     import tasks  # the table of names holds this module's class, so it is complete only after this import
 
+    for argument, value in (("num", num), ("seed", seed)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{argument} must be an integer; got {value!r}")
     if num < 1:
         raise ValueError(f"num must be at least 1; got {num}")
     if seed < 0:
@@ -173,10 +176,15 @@ def _check_ranges(name: str, ranges: Mapping[str, Sequence[Any]], field: str | N
         raise ValueError(f"task family {name!r} has no {' or '.join(SHAPE_FIELDS)}, which depth and width would fill")
     for key in ("depth", "width"):
         pair = ranges.get(key, (1, 1))
-        if len(pair) != 2 or not all(isinstance(v, int) for v in pair) or not 1 <= pair[0] <= pair[1]:
+        if (
+            not isinstance(pair, (list, tuple))
+            or len(pair) != 2
+            or not all(isinstance(v, int) for v in pair)
+            or not 1 <= pair[0] <= pair[1]
+        ):
             raise ValueError(f"{key} must be two integers of at least 1, the least first; got {pair}")
     for key, values in ranges.items():
-        if isinstance(values, str) or not len(values):
+        if not isinstance(values, (list, tuple)) or not values:
             raise ValueError(f"{key} must be a list of choices; got {values!r}")
 
 

@@ -18,8 +18,8 @@ class Sinusoid(TaskFamily):
     """Mean squared error of an MLP on a few points of y = amplitude · sin(x + phase).
 
     Amplitude is U(0.1, 5), phase U(0, π), points are U(−5, 5). The loss is that of the task's `num_shots` points (the
-    support), all at every step; `eval_metrics` reports "test_loss", that of `num_queries` other points. Reference:
-    predicting 0 has expected loss 4.25; 0 is the infimum.
+    support), all at every step; `eval_metrics` reports "test_loss", that of `num_queries` other points. Parameters are
+    those of `tasks.supervised.init_mlp`. Reference: predicting 0 has expected loss 4.25; 0 is the infimum.
 
     Attributes:
         num_shots: points to learn from; at least 1.

@@ -18,6 +18,7 @@ from tasks.activations import ACTIVATIONS, Activation
 from tasks.data.rows import RowSplit, draw_rows, test_rows
 
 INITS = ("normal", "fan_in")
+MLP_NORMS = ("none", "layer")
 JUDGES = ("support", "query")
 
 
@@ -37,8 +38,7 @@ class SupervisedFamily(TaskFamily):
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {self.batch_size}")
-        if not 0 <= self.label_noise <= 1:
-            raise ValueError(f"label_noise must lie in [0, 1]; got {self.label_noise}")
+        check_label_noise(self.label_noise)
 
     @abstractmethod
     def load(self) -> tuple[torch.Tensor, torch.Tensor, RowSplit]:
@@ -74,9 +74,7 @@ class SupervisedFamily(TaskFamily):
         if not self.label_noise:
             return {"rows": rows}
         _, targets, _ = self.load()
-        random = torch.randint(self.num_outputs(), rows.shape, generator=generator)
-        noisy = torch.rand(rows.shape, generator=generator) < self.label_noise
-        return {"rows": rows, "targets": torch.where(noisy, random, targets[rows])}
+        return {"rows": rows, "targets": with_noise(targets[rows], self.num_outputs(), self.label_noise, generator)}
 
     def row_loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The mean loss over rows."""
@@ -109,6 +107,18 @@ def cross_entropy(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (scores.logsumexp(-1) - scores.gather(-1, targets[:, None])[:, 0]).mean()
 
 
+def check_label_noise(share: float) -> None:
+    """Raise ValueError unless the share of noisy labels lies in [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"label_noise must lie in [0, 1]; got {share}")
+
+
+def with_noise(classes: torch.Tensor, num_classes: int, share: float, generator: torch.Generator) -> torch.Tensor:
+    """The classes, this share of them (in expectation) replaced by uniformly drawn ones, which may be the same."""
+    random = torch.randint(num_classes, classes.shape, generator=generator)
+    return torch.where(torch.rand(classes.shape, generator=generator) < share, random, classes)
+
+
 def check_judge(judge: str) -> None:
     """Raise ValueError unless the rows that judge a few-shot task are one of `JUDGES`."""
     if judge not in JUDGES:
@@ -127,7 +137,9 @@ def check_network(hidden: tuple[int, ...], activation: str, init: str, init_scal
         raise ValueError(f"init_scale must be positive; got {init_scale}")
 
 
-def init_mlp(widths: list[int], init: str, init_scale: float, generator: torch.Generator) -> Tensors:
+def init_mlp(
+    widths: list[int], init: str, init_scale: float, generator: torch.Generator, norm: str = "none"
+) -> Tensors:
     """Weights and biases of an MLP: "weight0" [widths[0], widths[1]], "bias0" [widths[1]], "weight1" and so on.
 
     Args:
@@ -135,19 +147,28 @@ def init_mlp(widths: list[int], init: str, init_scale: float, generator: torch.G
         init: "normal" (weights N(0, init_scale²), biases 0) or "fan_in" (weights N(0, init_scale²/fan_in), biases 0).
         init_scale: see init.
         generator: the source of randomness.
+        norm: one of `MLP_NORMS`. "layer" adds for every hidden layer a gain "scale0" [widths[1]], 1, and a shift
+            "shift0" [widths[1]], 0, and so on; the weights are those drawn without.
     """
     params: Tensors = {}
     for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
         scale = init_scale / (fan_in**0.5 if init == "fan_in" else 1.0)
         params[f"weight{i}"] = torch.randn(fan_in, fan_out, generator=generator) * scale
         params[f"bias{i}"] = torch.zeros(fan_out)
+        if norm == "layer" and i < len(widths) - 2:
+            params[f"scale{i}"], params[f"shift{i}"] = torch.ones(fan_out), torch.zeros(fan_out)
     return params
 
 
 def apply_mlp(params: Tensors, activation: str | Activation, inputs: torch.Tensor) -> torch.Tensor:
-    """Outputs [rows, widths[-1]] of the MLP that `init_mlp` made, its activation given by name or as a function."""
+    """Outputs [rows, widths[-1]] of the MLP that `init_mlp` made, its activation given by name or as a function.
+
+    Layers with a gain are normalized over their units before the activation (Ba, Kiros and Hinton, 2016).
+    """
     activate = ACTIVATIONS[activation] if isinstance(activation, str) else activation
     x = inputs @ params["weight0"] + params["bias0"]
     for i in range(1, sum(name.startswith("weight") for name in params)):
+        if f"scale{i - 1}" in params:
+            x = F.layer_norm(x, x.shape[-1:]) * params[f"scale{i - 1}"] + params[f"shift{i - 1}"]
         x = activate(x) @ params[f"weight{i}"] + params[f"bias{i}"]
     return x

@@ -19,8 +19,10 @@ class Tabular(SupervisedFamily):
 
     Cross-entropy for the classes of breast_cancer (2), wine (3) and digits (10), mean squared error of the standardized
     target for diabetes. A task draws which features it sees, which of its split's rows it trains on, and its
-    initial parameters. Reference: a uniform guess has the log of the number of classes, predicting the mean of diabetes
-    about 1; 0 is the infimum.
+    initial parameters, which are those of `tasks.supervised.init_mlp`. Reference: a uniform guess has the log of the
+    number of classes, predicting the mean of diabetes about 1; 0 is the infimum. Sources: Wolberg, Street and
+    Mangasarian, 1993 (breast cancer); Forina et al., 1991 (wine); Efron et al., 2004 (diabetes); Alpaydin and Kaynak,
+    1998 (digits); all as scikit-learn ships them.
 
     Attributes:
         dataset: one of `tasks.data.tabular.TABLES`.

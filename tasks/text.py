@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from learned_opt.task import TaskFamily, Tensors, check_split
 from tasks.data.text import NUM_CHARACTERS, load_text
-from tasks.supervised import cross_entropy
+from tasks.supervised import check_label_noise, cross_entropy, with_noise
 
 _TEST_WINDOWS = 32
 
@@ -27,24 +27,29 @@ class CharacterModel(TaskFamily):
 
     A task is an initialization and a random order of windows; splits use different files of the standard library, or
     different stretches of `text_file`. `eval_metrics` reports "test_loss" and "test_accuracy" on 32 windows of text
-    that no task trains on. Reference: ln 96 = 4.564 is the loss of a uniform guess.
+    that no task trains on. Reference: ln 96 = 4.564 is the loss of a uniform guess; the infimum is the entropy of the
+    text, which nobody knows.
 
     Attributes:
         text_file: path of a text file; empty for the sources of Python's standard library
             (`tasks.data.text.load_text`).
         batch_size: windows per mini-batch, drawn with replacement; at least 1.
         length: characters of a window that are predicted; between 1 and 512.
+        label_noise: share of the characters to predict that are replaced by uniformly drawn ones, in [0, 1]; those that
+            they are predicted from, and the held-out text, stay.
     """
 
     text_file: str = ""
     batch_size: int = 16
     length: int = 20
+    label_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {self.batch_size}")
         if not 1 <= self.length <= 512:
             raise ValueError(f"length must lie in [1, 512]; got {self.length}")
+        check_label_noise(self.label_noise)
 
     @abstractmethod
     def logits(self, params: Tensors, characters: torch.Tensor) -> torch.Tensor:
@@ -62,7 +67,11 @@ class CharacterModel(TaskFamily):
     def sample_batches(self, task: Tensors, num_steps: int, generator: torch.Generator) -> Tensors:
         num_starts = int(task["num_rows"]) - self.length  # a window ends before the held-out text begins
         starts = torch.randint(num_starts, (num_steps, self.batch_size), generator=generator)
-        return {"rows": int(task["first_row"]) + starts}
+        rows = int(task["first_row"]) + starts
+        if not self.label_noise:
+            return {"rows": rows}
+        following = load_text(self.text_file)[0][rows[..., None] + 1 + torch.arange(self.length)].long()
+        return {"rows": rows, "targets": with_noise(following, NUM_CHARACTERS, self.label_noise, generator)}
 
     def _scores(self, params: Tensors, text: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(scores [characters, 96], the characters that follow [characters]) of the windows that begin at `starts`."""
@@ -73,7 +82,8 @@ class CharacterModel(TaskFamily):
         return self.logits(params, one_hot).reshape(-1, NUM_CHARACTERS), windows[:, 1:].reshape(-1)
 
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
-        return cross_entropy(*self._scores(params, task["text"], batch["rows"]))
+        scores, following = self._scores(params, task["text"], batch["rows"])
+        return cross_entropy(scores, batch["targets"].flatten() if "targets" in batch else following)
 
     def eval_metrics(self, params: Tensors, task: Tensors) -> Tensors:
         """The "test_loss" and "test_accuracy" of the next character in the held-out text."""
@@ -93,6 +103,10 @@ def _matrix(generator: torch.Generator, *shape: int, gain: float = 1.0) -> torch
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CharRNN(CharacterModel):
     """A recurrent character model: a tanh (Elman) or gated recurrent unit cell, from a zero state in every window.
+
+    Parameters are "input" [96, rows], "state" [hidden, rows] and "bias" [rows], where rows is hidden, or three times
+    that for the gated cell, then "output" [hidden, 96] and "output_bias" [96]. Sources: Elman, 1990; Cho et al., 2014,
+    with the reset after the product, as in PyTorch.
 
     Attributes:
         cell: "tanh" or "gru".
@@ -144,6 +158,11 @@ class CharRNN(CharacterModel):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CharTransformer(CharacterModel):
     """A decoder-only transformer: learned positions, causal attention, layer normalization before each part, GELU.
+
+    Parameters, of width d, are "characters" [96, d], "positions" [length, d], for each layer two normalizations
+    "0.norm1.scale" [d] and so on, "0.attention" [d, 3 d], "0.attention_out" [d, d], "0.wide" [d, 4 d] and "0.narrow" [4
+    d, d] with biases, then "norm.scale", "norm.shift" [d] and "output" [d, 96]. Source: Vaswani et al., 2017, with the
+    normalization where Radford et al., 2019, have it.
 
     Attributes:
         num_layers: at least 1.

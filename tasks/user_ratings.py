@@ -22,12 +22,13 @@ _POWER_STEPS = 12
 class UserRatings(TaskFamily):
     """Regularized squared error of one user's ratings, predicted from what is known of the items.
 
-    A user's rating of item i is predicted as mᵢ + f(xᵢ): mᵢ is the item's mean rating (drawn to the mean of all
-    ratings where there are few), xᵢ has mᵢ's difference from that mean and the item's factors, and f is the user's
-    own network, by default linear: the user's half of a matrix factorization. Means and factors are computed once,
-    from ratings that meta-train tasks train on and no others. A user belongs with all ratings to one split (60 %
-    meta-train, 20 % meta-validation, 20 % meta-test), and a quarter of them is held out; `eval_metrics` reports the
-    "test_loss" (squared error without penalty) on those. Reference: the "item_mean_loss" beside it is that of f = 0.
+    A user's rating of item i is predicted as mᵢ + f(xᵢ): mᵢ is the item's mean rating (drawn to the mean of all ratings
+    where there are few), xᵢ has mᵢ's difference from that mean and the item's factors, and f is the user's own network,
+    by default linear: the user's half of a matrix factorization. Means and factors are computed once, from ratings that
+    meta-train tasks train on and no others. A user belongs with all ratings to one split (60 % meta-train, 20 %
+    meta-validation, 20 % meta-test), and a quarter of them is held out; `eval_metrics` reports the "test_loss" (squared
+    error without penalty) on those. Parameters are those of `tasks.supervised.init_mlp`, by default "weight0" [1 +
+    rank, 1] and "bias0" [1]. Reference: the "item_mean_loss" beside it is that of f = 0.
 
     Attributes:
         ratings_file: lines of user, item, rating and anything more, as in MovieLens' u.data, ratings.dat or

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch.func import grad
+from torch.nn import functional as F
 
 import tasks
 from learned_opt import estimators, rules
@@ -22,6 +23,7 @@ from tests.task_cases import CASES
 DIGITS = {"name": "image_mlp", "hidden": [4], "batch_size": 12}
 # smaller_batches changes the mini-batches, which is its purpose.
 WRAPPED = [label for label, case in CASES.items() if "family" in case and case["name"] != "smaller_batches"]
+PLAIN = [label for label, case in CASES.items() if "family" not in case]
 SEEDS = [task_seed("meta_train", 3, i) for i in range(200)]
 
 
@@ -179,6 +181,31 @@ def test_smaller_batches_are_batches_of_fewer_rows():
         drawn(full, SEEDS[0])
 
 
+@pytest.mark.parametrize("label", [x for x in PLAIN if x not in ("image_mlp_sampled", "spectrum_quadratic-noise")])
+def test_smaller_batches_of_every_family_that_draws_them(label):
+    """Loss and gradient are the family's own on the first k entries of its batch, whatever the batch holds."""
+    inner = tasks.get(**CASES[label])
+    whole = drawn(inner, SEEDS[0])[2]
+    if not any("." not in name for name in whole):
+        with pytest.raises(ValueError, match="smaller_batches needs a family that draws mini-batches; "):
+            drawn(tasks.get("smaller_batches", family=inner), SEEDS[0])
+        return
+    family, sizes = tasks.get("smaller_batches", family=inner), set()
+    for seed in SEEDS[:12]:
+        params, task, batch = drawn(family, seed)
+        whole = drawn(inner, seed)[2]
+        size = len(next(iter(whole.values())))
+        divisors = [k for k in range(1, size + 1) if size % k == 0]
+        k = divisors[int(float(task["smaller_batches0.uniform"]) * len(divisors))]
+        small = {name: value[:k] for name, value in whole.items()}
+        torch.testing.assert_close(family.loss(params, task, batch), inner.loss(params, task, small))
+        got, want = grad(family.loss)(params, task, batch), grad(inner.loss)(params, task, small)
+        for name in params:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-6, atol=1e-9)
+        sizes.add(k)
+    assert len(sizes) > 1
+
+
 def test_convex_mixing_adds_a_problem_with_optimum_zero():
     inner, family = tasks.get(**DIGITS), tasks.get("convex_mixing", family=DIGITS, dim=7)
     params, task, batch = drawn(family, SEEDS[0])
@@ -204,6 +231,86 @@ def test_label_noise_changes_its_share_of_the_classes_and_no_held_out_row():
         )
     # A uniformly drawn class is the right one in a tenth of the cases.
     assert float(torch.stack(wrong).mean()) == pytest.approx(0.36, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("label", "num_classes"), [("image_conv", 10), ("image_mlp_sampled", 10), ("char_rnn", 96), ("omniglot", 3)]
+)
+def test_label_noise_of_every_family_with_classes(label, num_classes):
+    """The noisy loss is the cross-entropy of the drawn classes, the rows and held-out metrics are those without."""
+    family, clean = tasks.get(**{**CASES[label], "label_noise": 0.5}), tasks.get(**CASES[label])
+    changed = []
+    for seed in SEEDS[:40]:
+        params, task, batch = drawn(family, seed)
+        clean_params, clean_task, clean_batch = drawn(clean, seed)
+        assert all(torch.equal(batch[n], v) for n, v in clean_batch.items())
+        assert all(torch.equal(params[n], v) for n, v in clean_params.items())
+        (drawn_classes,) = (batch[n].flatten() for n in batch.keys() - clean_batch.keys())
+        assert int(drawn_classes.min()) >= 0 and int(drawn_classes.max()) < num_classes
+        if label == "omniglot":
+            images, right = family.rows(task, slice(0, family.num_shots))
+            scores = family.outputs(params, images)
+        elif label == "char_rnn":
+            windows = task["text"][batch["rows"][:, None] + torch.arange(family.length + 1)].long()
+            scores = family.logits(params, F.one_hot(windows[:, :-1], 96).double()).flatten(0, 1)
+            right = windows[:, 1:].flatten()
+        else:
+            count = int(task.get("batch_rows", family.batch_size))
+            scores = family.outputs(params, task, task["inputs"][batch["rows"][:count]])
+            right, drawn_classes = task["targets"][batch["rows"][:count]], drawn_classes[:count]
+        torch.testing.assert_close(family.loss(params, task, batch), F.cross_entropy(scores, drawn_classes))
+        torch.testing.assert_close(clean.loss(params, clean_task, clean_batch), F.cross_entropy(scores, right))
+        torch.testing.assert_close(family.eval_metrics(params, task), clean.eval_metrics(params, task), rtol=0, atol=0)
+        changed.append((drawn_classes != right).double())
+    share, wanted = torch.cat(changed), 0.5 * (1 - 1 / num_classes)
+    assert float(share.mean()) == pytest.approx(wanted, abs=4 * math.sqrt(wanted * (1 - wanted) / len(share)))
+
+
+def test_label_noise_out_of_range():
+    for label in ("image_mlp", "tabular", "char_transformer", "omniglot"):
+        with pytest.raises(ValueError, match=r"label_noise must lie in \[0, 1\]; got -0.1"):
+            tasks.get(**{**CASES[label], "label_noise": -0.1})
+
+
+def _initial(wrapper, fields, inner, seed):
+    """(loss of the wrapped family at its initial parameters, the inner family's at its own, the wrapped task)."""
+    family = tasks.get(wrapper, family=inner, **fields)
+    params, task, batch = drawn(family, seed, 3)
+    inner_params, inner_task, inner_batch = drawn(tasks.get(**inner), seed, 3)
+    pairs = []
+    for method in ("loss", "query_loss"):
+        got = getattr(family, method)(params, task, batch)
+        want = getattr(tasks.get(**inner), method)(inner_params, inner_task, inner_batch)
+        assert (got is None) == (want is None)
+        if got is not None:
+            pairs.append((got, want))
+    return pairs, params, task
+
+
+@pytest.mark.parametrize("label", PLAIN)
+@pytest.mark.parametrize(
+    ("wrapper", "fields"),
+    [
+        ("reparametrized", {"scope": "coordinate", "log_range": 1.0}),
+        ("reparametrized", {"scope": "tensor"}),
+        ("reparametrized", {"scope": "global"}),
+        ("gradient_noise", {"std": 0.7}),
+        ("delayed_gradients", {"delay": 3}),
+        ("loss_scaling", {}),
+        ("convex_mixing", {"dim": 4}),
+    ],
+)
+def test_the_loss_at_the_initial_parameters_around_every_family(wrapper, fields, label):
+    """What docs/tasks.md says of it: unchanged, times the task's constant, or plus the convex term."""
+    for seed in SEEDS[:2]:
+        pairs, params, task = _initial(wrapper, fields, CASES[label], seed)
+        for got, want in pairs:
+            if wrapper == "loss_scaling":
+                want = want * task["loss_scaling0.scale"]
+            if wrapper == "convex_mixing":
+                want = want + (params["convex_mixing0.x"] - task["convex_mixing0.target"]).square().sum() / 4
+            # Initial parameters are float32, so that p₀/c times c is p₀ to a rounding of each.
+            torch.testing.assert_close(got, want, rtol=1e-5 if wrapper == "reparametrized" else 0, atol=1e-12)
 
 
 def test_nested_augmentations_keep_their_tensors_apart():

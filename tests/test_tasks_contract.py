@@ -17,6 +17,7 @@ from learned_opt.batched import BatchedFamily
 from learned_opt.particles import EpisodePlan, start_particles
 from learned_opt.task import SPLITS, TaskFamily, draw_batches, draw_task, task_seed
 from learned_opt.unroll import unroll
+from tasks.augment import Augmentation
 from tests.task_cases import CASES, LABELS, OWN, SHARED_ROWS, make
 
 DOCS = Path(__file__).parent.parent / "docs" / "tasks.md"
@@ -50,15 +51,57 @@ def one_task(label: str, split: str, seed: int, step: int = 0):
 
 def test_every_registered_family_has_a_case():
     assert {case["name"] for case in CASES.values()} == set(tasks.FAMILIES)
+    # The case of the family's own name is the one that every rule runs on.
+    assert all(CASES[name]["name"] == name for name in tasks.FAMILIES)
     assert all(family.name == name for name, family in tasks.FAMILIES.items())
+
+
+def table_rows(heading: str) -> list[list[str]]:
+    """The cells of the first table after this heading of docs/tasks.md, below its head."""
+    text = DOCS.read_text(encoding="utf-8")
+    lines = text[text.index(heading) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| ---")) + 1
+    last = next(i for i in range(first, len(lines) + 1) if i == len(lines) or not lines[i].startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[first:last]]
+
+
+def names_in(heading: str) -> list[str]:
+    return [row[0].strip("| `") for row in table_rows(heading)]
+
+
+def test_the_tables_of_the_docs_hold_every_family_and_nothing_else():
+    wrappers = [name for name, family in tasks.FAMILIES.items() if issubclass(family, Augmentation)]
+    problems = [name for name in tasks.FAMILIES if name not in wrappers]
+    assert names_in("# Task families") == [*problems, "module"]
+    assert sorted(names_in("## Augmentations")) == sorted(wrappers)
+
+
+def test_the_docs_say_how_fast_every_family_is():
+    text = DOCS.read_text(encoding="utf-8")
+    section = text[text.index("## Speed") :]
+    assert set(names_in("## Speed")) <= set(tasks.FAMILIES)
+    assert not [name for name in [*tasks.FAMILIES, "module"] if f"`{name}`" not in section]
+
+
+def test_the_docs_say_of_every_family_how_its_splits_differ():
+    words = {row[0].strip("`"): row[2].strip(" |") for row in table_rows("# Task families")}
+    for label in LABELS:
+        family = family_of(label)
+        if isinstance(family, Augmentation) or label == "module-sampled":
+            continue
+        shares = bool(family.shared_data())
+        assert (words[family.name] != "seeds") == shares, label
 
 
 @pytest.mark.parametrize("name", [*sorted(tasks.FAMILIES), "module"])
 def test_documented(name):
     family = tasks.FAMILIES.get(name, tasks.ModuleFamily)
-    assert f"| `{name}` |" in DOCS.read_text(encoding="utf-8")
     doc = inspect.getdoc(family)
     assert doc is not None
+    bases = [base for base in family.__mro__ if issubclass(base, TaskFamily) and base is not TaskFamily]
+    if not issubclass(family, Augmentation) and name != "module":  # theirs is that of what they hold
+        said = " ".join(inspect.getdoc(base) or "" for base in bases)
+        assert "optimum" in said or "Reference:" in said
     if dataclasses.is_dataclass(family):
         inherited = "".join(inspect.getdoc(base) or "" for base in family.__mro__)
         for field in dataclasses.fields(family):
@@ -93,7 +136,7 @@ def test_batched_equals_one_by_one(label):
 @pytest.mark.parametrize("label", LABELS)
 def test_the_loss_that_judges_is_of_the_family_or_its_loss(label):
     batched, family = batched_of(label), family_of(label)
-    assert batched.judged_apart == ("query" in label)
+    assert batched.judged_apart == ("query" in str(CASES.get(label, {}).get("judge", label)))
     seeds = seeds_of("meta_train", 2)
     stacked, params = batched.start("meta_train", seeds)
     batch = {n: v[0] for n, v in batched.batches(stacked, seeds, [0, 0], 1).items()}
@@ -248,7 +291,8 @@ def test_batches_do_not_depend_on_the_truncation(label):
 
 
 # Every rule on every family; on the families' variants the default one.
-RUNS = [(label, rule) for label in LABELS for rule in (rules.RULES if label in tasks.FAMILIES else ["compact"])]
+EVERY_RULE = [*tasks.FAMILIES, "module-grouped"]
+RUNS = [(label, rule) for label in LABELS for rule in (rules.RULES if label in EVERY_RULE else ["compact"])]
 
 
 @pytest.mark.parametrize(("label", "rule_name"), RUNS)
@@ -276,6 +320,62 @@ def test_unknown_names_suggest_near_ones():
         tasks.get("module")
 
 
+def test_short_and_capital_names_suggest_families_too():
+    for name, near in {"mlp": "image_mlp or image_mlp_sampled", "RNN": "char_rnn", "Quadratic": "quadratic"}.items():
+        with pytest.raises(ValueError, match=rf"unknown task family '{name}'; did you mean {near}( or \w+)*\?"):
+            tasks.get(name)
+    with pytest.raises(
+        ValueError, match=r"'wine' is a data set and no task family; .* tasks.get\('tabular', dataset='w"
+    ):
+        tasks.get("wine")
+    with pytest.raises(ValueError, match=r"'mnist' is a data set .* tasks.get\('image_mlp', dataset='mnist'\)"):
+        tasks.get("mnist")
+    with pytest.raises(ValueError, match="unknown task family 3; choose from ackley"):
+        tasks.get(3)
+    with pytest.raises(
+        ValueError, match=r"families must be a mapping of labels to names and fields; got \['quadratic'\]"
+    ):
+        tasks.build(["quadratic"])
+    with pytest.raises(ValueError, match="family 'a' needs a name, as in .*; got 'quadratic'"):
+        tasks.build({"a": "quadratic"})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("image_mlp", {"batch_size": "64"}, "batch_size of task family 'image_mlp' must be an integer; got '64'"),
+        ("image_mlp", {"batch_size": 6.5}, "batch_size of task family 'image_mlp' must be an integer; got 6.5"),
+        ("image_mlp", {"batch_size": True}, "must be an integer; got True"),
+        ("image_mlp", {"hidden": 32}, "hidden of task family 'image_mlp' must be a list of integers; got 32"),
+        ("image_mlp", {"hidden": "32"}, "must be a list of integers; got '32'"),
+        ("image_mlp", {"hidden": [3.5]}, r"must be a list of integers; got \[3.5\]"),
+        ("image_mlp", {"init_scale": "1e-3"}, "init_scale of task family 'image_mlp' must be a number; got '1e-3'"),
+        ("image_mlp", {"activation": ["relu"]}, r"must be a string; got \['relu'\]"),
+        ("image_mlp", {"activation": None}, "must be a string; got None"),
+        ("image_mlp_sampled", {"init_scales": 2.0}, "init_scales of .* must be a list of numbers; got 2.0"),
+        ("image_mlp_sampled", {"activations": "relu"}, "must be a list of strings; got 'relu'"),
+        ("image_autoencoder", {"variational": "yes"}, "must be true or false; got 'yes'"),
+        ("char_rnn", {"text_file": Path("x")}, r"text_file of task family 'char_rnn' must be a string; got .*Path"),
+        ("convex_mixing", {"family": {"name": "quadratic", "dim": "3"}}, "dim of task family 'quadratic' must be an"),
+    ],
+)
+def test_values_of_another_type(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.get(name, **fields)
+
+
+def test_integers_are_numbers_and_lists_are_tuples():
+    family = tasks.get("image_mlp", hidden=[3], init_scale=1, label_noise=0)
+    assert family == tasks.get("image_mlp", hidden=(3,), init_scale=1.0, label_noise=0.0)
+
+
+@pytest.mark.parametrize("name", sorted(tasks.FAMILIES))
+def test_every_field_is_of_a_type_that_is_checked(name):
+    checked = {"int", "float", "str", "bool", "tuple[int, ...]", "tuple[str, ...]", "tuple[float, float]"}
+    for field in dataclasses.fields(tasks.FAMILIES[name]):
+        assert field.type in checked or field.name == "family"
+
+
 BAD_FIELDS = {
     "image_mlp": [
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
@@ -286,6 +386,8 @@ BAD_FIELDS = {
         ({"activation": "step"}, "activation must be one of .*relu.*; got 'step'"),
         ({"init": "zeros"}, "init must be one of normal, fan_in; got 'zeros'"),
         ({"init_scale": 0.0}, "init_scale must be positive; got 0.0"),
+        ({"norm": "batch"}, "norm must be one of none, layer; got 'batch'"),
+        ({"norm": "layer", "hidden": ()}, "norm must be none without hidden layers, .*; got 'layer'"),
     ],
     "sinusoid": [({"judge": "both"}, "judge must be one of support, query; got 'both'")],
     "quadratic": [

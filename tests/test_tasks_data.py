@@ -189,6 +189,31 @@ def test_rows_that_cannot_be_dealt_out():
         split_rows(100, 99)
 
 
+def test_importing_the_package_and_making_families_reads_no_data():
+    """Nothing is opened but Python's own modules, nothing connected to, no data set held."""
+    code = """
+import sys
+opened = []
+def watch(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and not arguments[0].endswith((".py", ".pyc", ".so")):
+        opened.append(arguments[0])
+    if event == "socket.connect":
+        opened.append("network")
+import torch, learned_opt.batched
+sys.addaudithook(watch)
+import tasks, tasks.suites
+families = [family for name in tasks.suites.SUITES for family in tasks.suites.suite(name).values()]
+families += [tasks.get("omniglot", data_dir="x"), tasks.get("user_ratings", ratings_file="x")]
+families += [tasks.get("image_mlp", dataset=name) for name in ("digits", "mnist", "fashion_mnist")]
+tasks.sample_families("image_conv", {"depth": [1, 2], "width": [2, 4]}, 3, 0)
+hidden = [name for m in list(sys.modules.values()) if m.__name__.split(".")[0] == "tasks"
+          for name, f in vars(m).items() if hasattr(f, "cache_info") and f.cache_info().currsize]
+print(len(families) > 35, opened, hidden)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "True [] []"
+
+
 def test_importing_the_package_loads_no_optional_dependency():
     optional = ("sklearn", "pandas", "scipy", "wandb")
     code = f"import sys, tasks; tasks.get('image_mlp'); print([m for m in {optional} if m in sys.modules])"

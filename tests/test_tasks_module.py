@@ -203,6 +203,68 @@ def test_batch_normalization_uses_the_statistics_of_the_batch():
         family(module=net)
 
 
+class StepsInRows(nn.Module):
+    """Normalizes every row's two steps, folded into the rows, and looks at what comes out of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.norm = nn.BatchNorm1d(4, affine=False)
+
+    def forward(self, x):
+        steps = torch.stack([x, x.flip(1)], dim=1)
+        return self.last(torch.tanh(self.norm(self.first(steps).flatten(0, 1)))).reshape(-1, 2).sum(1)
+
+
+class Channels(nn.Module):
+    """Normalizes channels over rows and positions, twice by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2), nn.Linear(6, 1)
+        self.again = self.norm
+
+    def forward(self, x):
+        y = self.norm(self.conv(x[:, None]))
+        return self.last(self.again(torch.tanh(y)).flatten(1))[:, 0]
+
+
+BATCH_NORMALIZED = {
+    "rows": lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1), nn.Flatten(0)),
+    "the layer alone": lambda: nn.BatchNorm1d(3),
+    "steps folded into rows": StepsInRows,
+    "positions": Channels,
+}
+
+
+@pytest.mark.parametrize("kind", list(BATCH_NORMALIZED))
+def test_batch_normalization_of_groups_of_unequal_size_leaves_out_the_padding(kind):
+    """Batched metrics against the module itself, in train mode, on each group's own held-out rows."""
+    make, random = BATCH_NORMALIZED[kind], np.random.default_rng(1)
+    groups = np.repeat(np.arange(10), [8, 30, 9, 12, 40, 13, 11, 25, 10, 22])
+    inputs = random.normal(size=(len(groups), 3))
+    targets = inputs if kind == "the layer alone" else inputs.sum(1)
+    own = ModuleFamily(make, F.mse_loss, GroupedData(inputs, targets + 0.1, groups), batch_size=7)
+    batched, seeds = BatchedFamily(own, dtype=torch.float64), [task_seed("meta_train", 2, i) for i in range(12)]
+    stacked, params = batched.start("meta_train", seeds)
+    params = params + 0.3 * torch.randn(params.shape, generator=torch.Generator().manual_seed(0), dtype=params.dtype)
+    shared = own.shared_data()
+    metrics = batched.eval_metrics(params, stacked)["test_loss"]
+    batch = {n: v[0] for n, v in batched.batches(stacked, seeds, [0] * 12, 1).items()}
+    losses = batched.losses(params, stacked, batch)
+    assert len({int(n) for n in stacked["num_test"]}) >= 3
+    for i in range(12):
+        net = make().double()
+        net.load_state_dict({**net.state_dict(), **batched.unflatten(params[i])})
+        first = int(stacked["first_row"][i] + stacked["num_rows"][i])
+        for rows, got in (
+            (torch.arange(first, first + int(stacked["num_test"][i])), metrics[i]),
+            (batch["rows"][i], losses[i]),
+        ):
+            want = F.mse_loss(net(shared["inputs"][rows].double()), shared["targets"][rows].double())
+            torch.testing.assert_close(got, want.detach(), rtol=1e-10, atol=0)
+
+
 def test_sampled_data_belongs_to_the_task():
     splits = []
 
@@ -251,10 +313,46 @@ def test_from_frame(kind):
         GroupedData.from_frame(frame, group="store", target="sold", features=["x"])
     with pytest.raises(ValueError, match="features must name at least one column"):
         GroupedData.from_frame(frame, group="store", target="sold", features=[])
+    with pytest.raises(ValueError, match="features must be a list of columns; got 'row'"):
+        GroupedData.from_frame(frame, group="store", target="sold", features="row")
+    with pytest.raises(ValueError, match=r"features must not name the target, .*; got \['row', 'sold'\]"):
+        GroupedData.from_frame(frame, group="store", target="sold", features=["row", "sold"])
+    frame = frame_of({0: inputs[:, 0], 1: groups, 2: targets}, kind)
+    numbered = GroupedData.from_frame(frame, group=1, target=2)
+    assert numbered.labels == data.labels and torch.equal(numbered.inputs, data.inputs[:, :1])
+    with pytest.raises(ValueError, match="target: the table has no column '2'; it has 0, 1, 2"):
+        GroupedData.from_frame(frame, group=1, target="2")
+    frame = frame_of({"row": inputs[:, 0], "store": groups, "sold": targets}, kind)
     with pytest.raises(
         ValueError, match="column 'store' must be numbers; got values of type .*Encode them as numbers first"
     ):
         GroupedData.from_frame(frame, group="row", target="sold", features=["store"])
+
+
+def test_a_column_that_is_there_twice():
+    class Doubled(Frame):
+        columns = ("a", "a", "g", "t")
+
+        def __init__(self):
+            pass
+
+    with pytest.raises(ValueError, match="features: the table has more than one column 'a'; it has a, a, g, t"):
+        GroupedData.from_frame(Doubled(), group="g", target="t")
+
+
+def test_what_is_no_table():
+    with pytest.raises(ValueError, match="frame must be a table with named columns, .*; got ndarray. Give arrays to"):
+        GroupedData.from_frame(np.zeros((9, 3)), group="g", target="t")
+
+
+def test_groups_by_tensor_and_by_day():
+    inputs, targets, _ = table()
+    numbers = np.arange(99) % 6
+    by_tensor = GroupedData(inputs, targets, torch.from_numpy(numbers))
+    assert by_tensor.labels == GroupedData(inputs, targets, numbers).labels
+    days = np.datetime64("2024-03-01", "ns") + numbers * np.timedelta64(1, "D")
+    labels = sorted(day[:10] for split in GroupedData(inputs, targets, days).labels.values() for day in split)
+    assert labels == [f"2024-03-0{i}" for i in range(1, 7)]
 
 
 def test_dtypes():
@@ -303,6 +401,8 @@ def with_nan():
             {},
             "inputs must be numbers; got values of type <U1 such as .*Encode them",
         ),
+        (([[1, 2], [3]], np.zeros(2)), {}, "inputs must have rows of one length; "),
+        ((torch.zeros(4, 3) * 1j, np.zeros(4)), {}, "inputs must be real numbers; got torch.complex64. Give real and"),
         ((np.zeros((5, 3)), np.zeros(5)), {}, "data without groups must have at least 6 rows; got 5"),
         (table(), {"test_share": 1.0}, "test_share must lie strictly between 0 and 1; got 1.0"),
         (table(), {"small_groups": "skip"}, "small_groups must be error or drop; got 'skip'"),
@@ -380,6 +480,14 @@ class Pair(Branches):
         ({"init": "zeros"}, "init must be reset or module; got 'zeros'"),
         ({"test_share": 0.0}, "test_share must lie strictly between 0 and 1; got 0.0"),
         ({"data": 3}, r"data must be a GroupedData or a function \(split, generator\) -> \(inputs, targets\); got int"),
+        ({"data": table()}, r"got tuple. Wrap arrays as GroupedData\(inputs, targets, groups\) and tables by Grouped"),
+        ({"loss": "mse"}, r"loss must be a function \(outputs, targets\) -> scalar, such as .*; got 'mse'"),
+        ({"loss": nn.MSELoss}, r"such as F.mse_loss or nn.MSELoss\(\); got <class '.*MSELoss'>"),
+        ({"module": nn.Linear}, "makes the module failed when called without arguments: .*'in_features' and 'out_fe"),
+        (
+            {"module": nn.Sequential(nn.LazyLinear(1), nn.Flatten(0))},
+            "module has a parameter of unknown shape, '0.weight'; give its layer its number of inputs",
+        ),
         ({"module": 3}, "module must be a torch.nn.Module or a function that makes one; got int"),
         ({"module": lambda: 3}, "the function that makes the module must return a torch.nn.Module; got int"),
         ({"module": nn.Flatten(0)}, "module must have at least one parameter with requires_grad=True; it has none"),
@@ -397,6 +505,10 @@ class Pair(Branches):
             "LSTM in '' cannot be batched by torch.func.vmap; loop over time steps with nn.LSTMCell",
         ),
         ({"module": nn.Linear(4, 1)}, r"module failed on a batch of inputs, shape \(32, 3\) of float32: mat1 and mat2"),
+        (
+            {"data": GroupedData(np.arange(36).reshape(12, 3), np.zeros(12), list("abcd") * 3)},
+            r"module failed on a batch of inputs, shape \(32, 3\) of int64: .*; layers other than embeddings want",
+        ),
         ({"module": Pair()}, r"module must return one tensor with one row per row of inputs .*; got tuple"),
         ({"module": Counts()}, r"module changes its buffer 'calls' when it runs.*call module.eval\(\)"),
         (

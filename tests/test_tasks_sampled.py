@@ -106,6 +106,10 @@ def test_in_a_configuration_file():
     [
         ("sinusoid", {"depth": (1, 2), "width": (2, 3)}, 0, 0, {}, "num must be at least 1; got 0"),
         ("sinusoid", {"depth": (1, 2), "width": (2, 3)}, 1, -1, {}, "seed must not be negative; got -1"),
+        ("sinusoid", {"depth": (1, 2), "width": (2, 3)}, "3", 0, {}, "num must be an integer; got '3'"),
+        ("sinusoid", {"depth": (1, 2), "width": (2, 3)}, 3, 0.5, {}, "seed must be an integer; got 0.5"),
+        ("sinusoid", {"depth": 3, "width": (2, 3)}, 1, 0, {}, "depth must be two integers of at least 1, .*; got 3"),
+        ("sinusoid", {"num_shots": 5}, 1, 0, {}, "num_shots must be a list of choices; got 5"),
         ("sinusoid", {}, 1, 0, {}, "ranges is empty; name at least one thing to draw"),
         ("sinusoid", {"depth": (1, 2)}, 1, 0, {}, "depth and width are drawn together; got only depth"),
         ("sinusoid", {"depth": (2, 1), "width": (2, 3)}, 1, 0, {}, r"depth must be two integers .*; got \(2, 1\)"),

@@ -62,6 +62,33 @@ def test_the_reference_optimum_is_zero_and_stationary(name, tolerance):
             assert float(family.loss(other, task, {})) >= 0
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "count"),
+    [
+        ("image_mlp", {}, 10),
+        ("image_mlp", {"norm": "layer"}, 10),
+        ("image_mlp_sampled", {}, 10),
+        *(("image_conv", {"norm": norm}, 10) for norm in ("none", "layer", "batch")),
+        ("image_autoencoder", {}, 2),
+        ("image_autoencoder", {"variational": True}, 2),
+        ("tabular", {"dataset": "breast_cancer"}, 2),
+        ("tabular", {"dataset": "wine"}, 3),
+        ("tabular", {"dataset": "digits"}, 10),
+        ("char_rnn", {}, 96),
+        ("char_rnn", {"cell": "gru"}, 96),
+        ("char_transformer", {}, 96),
+    ],
+)
+def test_the_reference_loss_is_that_of_a_uniform_guess(name, fields, count):
+    """A network of zeros says the same of everything: its loss is the log of the number of classes, held out too."""
+    family = tasks.get(name, **fields)
+    params, task = drawn(family)
+    zero = {n: torch.zeros_like(v) for n, v in params.items()}
+    batch = {n: v[0] for n, v in double(draw_batches(family, task, SEEDS[0], 0, 1)).items()}
+    assert float(family.loss(zero, task, batch)) == pytest.approx(math.log(count), rel=1e-6)
+    assert float(family.eval_metrics(zero, task)["test_loss"]) == pytest.approx(math.log(count), rel=1e-6)
+
+
 def test_rosenbrock_is_the_textbook_function_divided_by_a_hundred():
     family = tasks.get("rosenbrock", dim=2)
     x, y = -1.2, 1.0
@@ -134,6 +161,27 @@ def test_logistic_regression_optimum_is_stationary():
         assert max(float(g.abs().max()) for g in gradient(family, best, task, {}).values()) < 1e-9
 
 
+def test_the_optima_are_scikit_learns():
+    from sklearn import linear_model
+
+    family = tasks.get("lasso")
+    for seed in SEEDS[:3]:
+        _, task = drawn(family, seed)
+        fitted = linear_model.Lasso(alpha=0.005 / 25, fit_intercept=False, tol=1e-12, max_iter=1_000_000)
+        fitted.fit(task["a"].numpy(), task["b"].numpy())
+        theirs = float(family.loss({"x": torch.from_numpy(fitted.coef_)}, task, {}))
+        assert float(family.loss(family.optimum(task), task, {})) == pytest.approx(theirs, rel=1e-6)
+    family = tasks.get("logistic_regression")
+    for seed in SEEDS[:3]:
+        _, task = drawn(family, seed)
+        points = torch.cat([task["points"], torch.ones(100, 1)], dim=1)  # ours penalizes the bias as well
+        fitted = linear_model.LogisticRegression(C=1 / (100 * 1e-3), fit_intercept=False, tol=1e-12, max_iter=10_000)
+        fitted.fit(points.numpy(), task["signs"].numpy())
+        best = family.optimum(task)
+        theirs = torch.from_numpy(fitted.coef_[0])
+        torch.testing.assert_close(torch.cat([best["weight"], best["bias"]]), theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dataset", TABLES)
 def test_tables_are_scikit_learns_standardized_on_what_meta_train_sees(dataset):
     inputs, targets, split = load_table(dataset)
@@ -199,6 +247,59 @@ def test_the_convolutional_net_is_the_one_of_pytorchs_layers(norm):
     images = task["inputs"][:9]
     want = nn.Sequential(*layers)(images.view(9, 1, 8, 8)).mean((2, 3)) @ params["weight"] + params["bias"]
     torch.testing.assert_close(family.outputs(params, task, images), want.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("hidden", [(5,), (6, 4, 7)])
+def test_the_normalized_mlp_is_the_one_of_pytorchs_layers(hidden):
+    """Outputs, loss and gradients of nn.Linear, nn.LayerNorm and the activation, in float64."""
+    family = tasks.get("image_mlp", hidden=hidden, activation="elu", norm="layer", init="fan_in", init_scale=1.0)
+    plain = tasks.get("image_mlp", hidden=hidden, activation="elu", init="fan_in", init_scale=1.0)
+    params, task = drawn(family)
+    unnormalized, _ = drawn(plain)
+    assert [n for n in params if not n.startswith(("scale", "shift"))] == list(unnormalized)
+    for name, value in params.items():
+        gain_or_shift = torch.ones_like(value) if name.startswith("scale") else torch.zeros_like(value)
+        assert torch.equal(value, unnormalized.get(name, gain_or_shift))
+    generator = torch.Generator().manual_seed(0)
+    params = {n: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in params.items()}
+    layers: list[nn.Module] = []
+    widths = [64, *hidden, 10]
+    for i, (fan_in, width) in enumerate(zip(widths, widths[1:])):
+        linear = nn.Linear(fan_in, width).double()
+        linear.weight.data, linear.bias.data = params[f"weight{i}"].T, params[f"bias{i}"]
+        layers.append(linear)
+        if i < len(hidden):
+            norm = nn.LayerNorm(width).double()
+            norm.weight.data, norm.bias.data = params[f"scale{i}"], params[f"shift{i}"]
+            layers += [norm, nn.ELU()]
+    rows = torch.arange(9)
+    net = nn.Sequential(*layers)
+    want = net(task["inputs"][rows])
+    torch.testing.assert_close(family.outputs(params, task, task["inputs"][rows]), want, rtol=1e-10, atol=1e-12)
+    F.cross_entropy(want, task["targets"][rows]).backward()
+    grads = gradient(family, params, task, {"rows": rows})
+    for i, layer in enumerate(m for m in net if not isinstance(m, nn.ELU)):
+        number = i // 2
+        pair = (f"weight{number}", f"bias{number}") if i % 2 == 0 else (f"scale{number}", f"shift{number}")
+        for name, value in zip(pair, (layer.weight.grad, layer.bias.grad)):
+            torch.testing.assert_close(grads[name], value.t(), rtol=1e-9, atol=1e-13)
+
+
+def test_without_normalization_the_mlp_is_what_it_was():
+    """Names, shapes and numbers of a network drawn and applied by hand."""
+    family = tasks.get("image_mlp", hidden=(3,), activation="tanh")
+    seed = SEEDS[0]
+    _, params = draw_task(family, "meta_train", seed)
+    generator = torch.Generator().manual_seed(seed)
+    want = {}
+    for i, shape in enumerate([(64, 3), (3, 10)]):
+        want |= {f"weight{i}": torch.randn(*shape, generator=generator) * 0.1, f"bias{i}": torch.zeros(shape[1])}
+    assert list(params) == list(want) and all(torch.equal(params[n], want[n]) for n in want)
+    _, task = drawn(family)
+    x = task["inputs"][:7]
+    by_hand = torch.tanh(x @ want["weight0"].double()) @ want["weight1"].double()
+    torch.testing.assert_close(family.outputs(double(params), task, x), by_hand, rtol=1e-12, atol=1e-14)
+    assert family == tasks.get("image_mlp", hidden=(3,), activation="tanh", norm="none")
 
 
 def test_the_convolutional_net_wants_square_images():
@@ -281,15 +382,38 @@ def test_windows_of_a_text_file_stay_in_their_stretch(tmp_path):
 
 
 def test_texts_that_cannot_be_used(tmp_path):
-    with pytest.raises(FileNotFoundError, match="text_file 'nowhere.txt' is not a file"):
-        load_text("nowhere.txt")
+    for path in ("nowhere.txt", str(tmp_path)):
+        with pytest.raises(
+            FileNotFoundError, match=f"text_file '{path}' is not a file; give the path of a text file, or"
+        ):
+            load_text(path)
     path = tmp_path / "short.txt"
-    path.write_text("short")
-    with pytest.raises(ValueError, match="text_file must hold at least 3000 characters; .*short.txt' has 5"):
-        load_text(str(path))
+    for content in ("", "short"):
+        path.write_text(content)
+        message = f"text_file must hold at least 3000 characters; .*short.txt' has {len(content)}. Give a longer"
+        with pytest.raises(ValueError, match=message):
+            load_text(str(path))
+    for name, content, share in (
+        ("archive", bytes(range(256)) * 20, 39),
+        ("wide", ("text\n" * 1000).encode("utf-16"), 50),
+        ("greek", ("μῆνιν ἄειδε " * 500).encode(), 8),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(
+            ValueError, match=f"must be plain text, at least 60% of it ASCII; of '.*{name}' {share}% is. U"
+        ):
+            load_text(str(tmp_path / name))
     path.write_text("x" * 3200)
     with pytest.raises(ValueError, match="length must be below 160 for a text this short; got 200"):
         draw_task(tasks.get("char_rnn", text_file=str(path), length=200), "meta_train", 0)
+
+
+def test_a_text_that_is_not_utf8_is_read_byte_by_byte(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes("un café à Orléans\r\n".encode("latin-1") * 300)
+    text, _ = load_text(str(path))
+    want = "un caf    Orl ans \n" * 300  # accents and the carriage return count as spaces
+    assert text.tolist() == [0 if c == "\n" else ord(c) - 31 for c in want]
 
 
 @pytest.mark.parametrize("cell", ["tanh", "gru"])
@@ -435,6 +559,17 @@ def test_finance_has_regimes_that_last():
     assert min(variances) > 2 / 20
     assert sum(variances) / len(variances) > 4 / 20
     assert all(0.2 < float(t["noise_variance"]) < 1 for t in tasks_drawn)
+
+
+def test_finance_has_the_stated_noise_within_a_regime():
+    family = tasks.get("forecasting", kind="finance", length=4000)
+    ratios = []
+    for seed in SEEDS:
+        _, task = drawn(family, seed)
+        steps = task["series"].diff()
+        ratios.append(float(steps.square().mean() / 2 / task["noise_variance"]))
+    # Half the mean square of a step is the noise, and a change of regime in 3 of 100 adds some 4 % on average.
+    assert sum(ratios) / len(ratios) == pytest.approx(1.04, abs=0.07)
 
 
 def test_forecasts_are_tested_on_the_last_quarter_alone():

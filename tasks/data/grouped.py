@@ -6,7 +6,7 @@ pair of tensors, whatever their sizes; a task is the range of its group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ class GroupedData:
     """Rows of inputs and targets, dealt out by group to meta-train, meta-validation and meta-test.
 
     A group belongs to one split with all of its rows: 60 % of the groups are meta-train, 20 % meta-validation, 20 %
-        meta-test (at least one
-    each). Within each group, `test_share` of the rows (at least one) is held out of the task for `eval_metrics`.
+    meta-test (at least one each). Within each group, `test_share` of the rows (at least one) is held out of the task
+    for `eval_metrics`.
 
     Args:
         inputs: [rows, …], numbers: NumPy array, tensor, or pandas DataFrame/Series. Floating point (float32 in here) or
@@ -82,7 +82,13 @@ class GroupedData:
 
     @classmethod
     def from_frame(
-        cls, frame: Any, *, group: str, target: str, features: Sequence[str] | None = None, **options: Any
+        cls,
+        frame: Any,
+        *,
+        group: Hashable,
+        target: Hashable,
+        features: Sequence[Hashable] | None = None,
+        **options: Any,
     ) -> GroupedData:
         """Grouped data out of a table.
 
@@ -94,16 +100,28 @@ class GroupedData:
             **options: `test_share`, `small_groups`, `seed`.
 
         Raises:
-            ValueError: a column that is not there, and whatever the constructor raises.
+            ValueError: a column that is not there or there twice, and whatever the constructor raises.
         """
-        columns = [str(c) for c in frame.columns]
+        if not hasattr(frame, "columns"):
+            raise ValueError(
+                f"frame must be a table with named columns, such as a pandas DataFrame; got {type(frame).__name__}. "
+                "Give arrays to GroupedData(inputs, targets, groups)"
+            )
+        columns = list(frame.columns)
+        if isinstance(features, str):
+            raise ValueError(f"features must be a list of columns; got {features!r}")
         chosen = list(features) if features is not None else [c for c in columns if c not in (group, target)]
         for argument, names in (("group", [group]), ("target", [target]), ("features", chosen)):
-            missing = [n for n in names if n not in columns]
-            if missing:
-                raise ValueError(f"{argument}: the table has no column {missing[0]!r}; it has {', '.join(columns)}")
+            for name in names:
+                if columns.count(name) != 1:
+                    found = "has no" if name not in columns else "has more than one"
+                    raise ValueError(
+                        f"{argument}: the table {found} column {name!r}; it has {', '.join(map(str, columns))}"
+                    )
         if not chosen:
             raise ValueError("features must name at least one column beside the group and the target")
+        if target in chosen:
+            raise ValueError(f"features must not name the target, which a task is to predict; got {chosen}")
         inputs = torch.stack([as_tensor(f"column {name!r}", frame[name]).float() for name in chosen], dim=1)
         return cls(inputs, frame[target], frame[group], **options)
 
@@ -128,6 +146,8 @@ class GroupedData:
                 )
             parts = np.split(random.permutation(num_rows), _cuts(num_rows, _FEWEST_ROWS))
             return {s: [s] for s in SPLITS}, {s: [p] for s, p in zip(SPLITS, parts)}
+        if isinstance(groups, torch.Tensor):
+            groups = groups.detach().cpu()
         names = groups.to_numpy() if hasattr(groups, "to_numpy") else np.asarray(groups)
         if names.shape != (num_rows,):
             raise ValueError(f"groups must have one entry per row of inputs ({num_rows}); got shape {names.shape}")
@@ -152,10 +172,12 @@ class GroupedData:
                 f"{', '.join(SPLITS)}; "
                 f"got {len(kept)}"
             )
+        dates = unique.dtype.kind in "mM"
         by_group = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
         parts = np.split(random.permutation(kept), _cuts(len(kept), 1))
         return (
-            {s: [unique[g].item() for g in part] for s, part in zip(SPLITS, parts)},
+            # NumPy's own items of dates are nanoseconds since 1970; their text says which day it was.
+            {s: [str(unique[g]) if dates else unique[g].item() for g in part] for s, part in zip(SPLITS, parts)},
             {s: [by_group[g] for g in part] for s, part in zip(SPLITS, parts)},
         )
 
@@ -175,8 +197,15 @@ def as_tensor(argument: str, values: Any) -> torch.Tensor:
     """
     if isinstance(values, torch.Tensor):
         tensor = values.detach().cpu()
+        if tensor.is_complex():
+            raise ValueError(
+                f"{argument} must be real numbers; got {tensor.dtype}. Give real and imaginary parts apart"
+            )
     else:
-        array = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+        try:
+            array = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+        except ValueError as error:  # rows of different lengths
+            raise ValueError(f"{argument} must have rows of one length; {error}") from error
         if array.dtype.kind not in "fiub":
             raise ValueError(
                 f"{argument} must be numbers; got values of type {array.dtype} such as "

@@ -1,4 +1,8 @@
-"""Image data sets as flat float rows in [0, 1]: scikit-learn's digits; MNIST and Fashion-MNIST by file or download."""
+"""Image data sets as flat float rows in [0, 1]: scikit-learn's digits; MNIST and Fashion-MNIST by file or download.
+
+Sources: Alpaydin and Kaynak, 1998 (digits); LeCun, Bottou, Bengio and Haffner, 1998 (MNIST); Xiao, Rasul and Vollgraf,
+2017 (Fashion-MNIST).
+"""
 
 from __future__ import annotations
 

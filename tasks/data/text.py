@@ -18,6 +18,7 @@ from tasks.data.rows import RowRange, RowSplit
 NUM_CHARACTERS = 96
 _MOST_PER_FILE = 20_000
 _FEWEST = 3_000
+_LEAST_SHARE = 0.6
 _MOST_HELD_OUT = 20_000
 # Of every five files, so many are meta-train, meta-validation and meta-test.
 _TURNS = ("meta_train", "meta_validation", "meta_train", "meta_test", "meta_train")
@@ -28,6 +29,12 @@ def encode(text: bytes) -> np.ndarray:
     codes = np.frombuffer(text, np.uint8)
     printable = (codes >= 32) & (codes < 127)
     return np.where(codes == ord("\n"), 0, np.where(printable, codes - 31, 1)).astype(np.uint8)
+
+
+def _share_of_text(content: bytes) -> float:
+    """The share of bytes that are characters of their own or stand for white space."""
+    codes = np.frombuffer(content, np.uint8)
+    return float((((codes >= 32) & (codes < 127)) | ((codes >= 9) & (codes <= 13))).mean())
 
 
 @functools.lru_cache(maxsize=4)
@@ -44,15 +51,29 @@ def load_text(text_file: str = "") -> tuple[torch.Tensor, RowSplit]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a text of fewer than 3,000 characters.
+        ValueError: fewer than 3,000 characters, or a file that is mostly something else than the 96 characters, such as
+            an archive or text in another alphabet.
     """
     if text_file:
         path = Path(text_file).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"text_file {text_file!r} is not a file")
-        whole = encode(path.read_bytes())
-        if len(whole) < _FEWEST:
-            raise ValueError(f"text_file must hold at least {_FEWEST} characters; {text_file!r} has {len(whole)}")
+            raise FileNotFoundError(
+                f"text_file {text_file!r} is not a file; give the path of a text file, or leave it empty for the "
+                "sources of Python's standard library"
+            )
+        content = path.read_bytes()
+        if len(content) < _FEWEST:
+            raise ValueError(
+                f"text_file must hold at least {_FEWEST} characters; {text_file!r} has {len(content)}. Give a longer "
+                "text, or several in one file"
+            )
+        whole = encode(content)
+        share = _share_of_text(content)
+        if share < _LEAST_SHARE:
+            raise ValueError(
+                f"text_file must be plain text, at least {_LEAST_SHARE:.0%} of it ASCII; of {text_file!r} {share:.0%} "
+                "is. Unpack it if it is an archive, save it as UTF-8 if it is UTF-16, and transcribe other alphabets"
+            )
         cuts = [int(len(whole) * 0.6), int(len(whole) * 0.8)]
         parts = dict(zip(SPLITS, np.split(whole, cuts)))
     else:
