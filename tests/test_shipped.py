@@ -1,0 +1,101 @@
+"""The optimizers that ship: each loads by name, has a card, can be trained again by a preset, and trains."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import learned_opt
+from learned_opt import LearnedOptimizer, config, rules
+from learned_opt.artifact import SHIPPED
+
+NAMES = ("compact", "l2l", "rnnprop")
+CARD_SECTIONS = ("Use it for", "Recipe", "Task families", "Horizons", "Seeds", "Cost of training", "Results", "Limits")
+
+
+def regression(seed: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A problem that no optimizer was meta-trained on: a small network and a smooth function."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    inputs = torch.rand(128, 3, generator=generator) * 2 - 1
+    targets = torch.sin(3 * inputs.sum(1, keepdim=True)) + inputs[:, :1] * inputs[:, 1:2]
+    return nn.Sequential(nn.Linear(3, 24), nn.Tanh(), nn.Linear(24, 1)), inputs, targets
+
+
+def final_loss(name: str, seed: int, num_steps: int, **settings) -> tuple[float, float]:
+    model, inputs, targets = regression(seed)
+    optimizer = LearnedOptimizer(model.parameters(), name, **settings)
+    losses = []
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses[0], losses[-1]
+
+
+def test_these_ship():
+    assert tuple(learned_opt.shipped()) == NAMES
+
+
+def test_the_default_is_compact():
+    param = nn.Parameter(torch.ones(2))
+    assert LearnedOptimizer([param]).param_groups[0]["weights"] == learned_opt.load("compact").identity
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_small_and_says_where_it_comes_from(name):
+    artifact = learned_opt.load(name)
+    assert artifact.name == name
+    assert (SHIPPED / f"{name}.safetensors").stat().st_size < 100_000
+    for key in ("families", "estimator", "horizon", "truncation", "seed", "outer_steps", "inner_steps", "torch"):
+        assert key in artifact.provenance, key
+    assert not artifact.initial_params
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_what_its_preset_trains(name):
+    settings = config.preset(name)
+    artifact = learned_opt.load(name)
+    rule = rules.get(settings.rule, **settings.rule_settings)
+    assert (artifact.rule.kind, artifact.rule.settings()) == (rule.kind, rule.settings())
+    provenance = artifact.provenance
+    assert provenance["families"] == settings.to_dict()["families"]
+    assert provenance["estimator"] == settings.estimator
+    assert provenance["truncation"] == settings.trainer.truncation
+    assert provenance["horizon"] == settings.trainer.horizons.longest
+    assert 0 < provenance["outer_steps"] <= settings.trainer.outer_steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_a_card(name):
+    card = (SHIPPED / f"{name}.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^\*\*([^*]+)\.\*\* (.+)", card, re.MULTILINE))
+    assert card.startswith(f"# {name}\n")
+    for section in CARD_SECTIONS:
+        assert len(sections.get(section, "")) > 10, section
+    assert learned_opt.load(name).hash[:16] in card, "the card is of other weights"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_each_trains_what_it_has_never_seen(name, seed):
+    start, end = final_loss(name, seed, 200)
+    assert end < 0.5 * start
+
+
+def test_with_nothing_tuned_the_default_beats_adam_at_its_default_rate():
+    for seed in range(3):
+        _, learned = final_loss("compact", seed, 300)
+        model, inputs, targets = regression(seed)
+        adam = torch.optim.Adam(model.parameters())
+        for _ in range(300):
+            adam.zero_grad()
+            loss = nn.functional.mse_loss(model(inputs), targets)
+            loss.backward()
+            adam.step()
+        assert learned < loss.item()
