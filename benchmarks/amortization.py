@@ -17,7 +17,9 @@ mean final validation loss wins). Then every meta-test file's network is trained
   loss of `adam` soonest, which is for speed alone what tuning can do;
 - `adam_per_group`: for every file the rate that is best for it, found by trying all of them on its own held-out rows;
 - `adam_start`: tuned Adam from the initial parameters of `learned_start`; `adam_pooled`: tuned Adam from one network
-  that tuned Adam trained on the rows of all meta-train files together. Both say how much a start alone is worth.
+  that tuned Adam trained on the rows of all meta-train files together. Both say how much a start alone is worth;
+- `learned_pooled`: as `learned_start`, its initial parameters meta-trained from that one network on. It was added, with
+  nothing of it tuned, after the others had been looked at on meta-test files.
 
 Validation losses are measured at the same steps for all: every step to 10, every fifth to 60, then every tenth. A
 network's *final validation loss* is the mean of those measured in the last 5 % of the steps, so where the loss rises
@@ -63,6 +65,7 @@ from learned_opt.meta_config import MetaTrainerConfig
 from learned_opt.meta_loss import MetaLoss
 from learned_opt.meta_trainer import MetaTrainer
 from learned_opt.particles import EpisodePlan, Particles, place, start_particles, take
+from learned_opt.task import Tensors
 from learned_opt.truncation import HorizonSchedule
 from learned_opt.unroll import Move, inner_steps, learned_move
 from tasks import ModuleFamily
@@ -73,6 +76,7 @@ SHARES = (1 / 3, 1 / 6, 1 / 2)
 LABEL = "files"
 GROUPS_PER_METRIC = 26
 
+LEARNED = ("learned_pooled", "learned_start", "learned")
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adam": torch.optim.Adam,
@@ -94,6 +98,7 @@ RECIPE: dict[str, Any] = {
     "longest": 100,
     "learning_rate": 3e-3,
     "start_rate": 0.1,
+    "pooled_rate": 3e-3,
 }
 
 
@@ -179,23 +184,25 @@ def best_rate(curves: Array, rates: Sequence[float], horizon: int) -> int:
     return best
 
 
-def trainer_of(family: ModuleFamily, options: argparse.Namespace, seed: int, learn_start: bool) -> MetaTrainer:
-    """The recipe, chosen on meta-validation files."""
-    initial = InitialParamsConfig(families=(LABEL,) if learn_start else (), learning_rate=RECIPE["start_rate"])
-    longest, shortest = RECIPE["longest"], RECIPE["truncation"]
+def trainer_of(family: ModuleFamily, options: argparse.Namespace, seed: int, name: str, pooled: Tensors) -> MetaTrainer:
+    """The recipe, chosen on meta-validation files; `pooled` is where the start of `learned_pooled` is learned from."""
+    rule = rules.get(RECIPE["rule"])
+    rate = RECIPE["pooled_rate" if name == "learned_pooled" else "start_rate"]
+    families = () if name == "learned" else (LABEL,)
     config = MetaTrainerConfig(
         outer_steps=options.outer_steps,
         num_particles=RECIPE["num_particles"],
         truncation=RECIPE["truncation"],
-        horizons=HorizonSchedule(kind="log_uniform", shortest=shortest, longest=longest),
-        initial_params=initial,
+        horizons=HorizonSchedule(kind="log_uniform", shortest=RECIPE["truncation"], longest=RECIPE["longest"]),
+        initial_params=InitialParamsConfig(families=families, learning_rate=rate),
         meta_loss=MetaLoss(normalization="log"),
         learning_rate=RECIPE["learning_rate"],
         validation_every=max(options.outer_steps // 10, 1),
         validation_tasks=16,
         seed=seed,
     )
-    return MetaTrainer(rules.get(RECIPE["rule"]), {LABEL: family}, config, estimators.get("backprop"))
+    theta = rule.init_theta(torch.Generator().manual_seed(seed)) | (pooled if name == "learned_pooled" else {})
+    return MetaTrainer(rule, {LABEL: family}, config, estimators.get("backprop"), theta=theta)
 
 
 def pooled_starts(family: BatchedFamily, data: GroupedData, num_steps: int) -> Iterator[torch.Tensor]:
@@ -229,16 +236,17 @@ class Comparison:
         self.meta_family = ModuleFamily(network, F.cross_entropy, self.data, batch_size=64, judge="query")
         # The same tasks and batches; the rows that judge are of meta-training alone.
         self.family = BatchedFamily(ModuleFamily(network, F.cross_entropy, self.data, batch_size=64))
+        options.folder.mkdir(parents=True, exist_ok=True)
+        self.pooled = self._kept("pooled", self._pooled)
         self.trainers: dict[int, dict[str, MetaTrainer]] = {}
         for seed in options.seeds:
             self.trainers[seed] = {}
-            for name in ("learned", "learned_start"):
-                trainer = trainer_of(self.meta_family, options, seed, name == "learned_start")
+            for name in LEARNED:
+                trainer = trainer_of(self.meta_family, options, seed, name, {name_of(LABEL): self.pooled})
                 folder, label = options.folder / f"{name}-{seed}-{options.outer_steps}", f"{name} {seed}"
                 meta_train(trainer, folder, lambda text, label=label: print(f"{label}: {text}", flush=True))
                 print(f"{label}: the best outer step is {trainer.best_step}", flush=True)
                 self.trainers[seed][name] = trainer
-        self.pooled = self._kept("pooled", self._pooled)
         self.rates = {"adam_default": DEFAULT_RATE}
         for name in ("adam", "nesterov", "sgd", "adam_start", "adam_pooled"):
             self._tune(name)
@@ -302,7 +310,7 @@ class Comparison:
 
         grid = self._torch("adam", split, RATES["adam"])
         out = {}
-        for name in ("learned_start", "learned"):
+        for name in LEARNED:
             own = [
                 self._kept(
                     f"{name}{seed}-{split}",
@@ -350,9 +358,7 @@ def main() -> None:
         "num_networks": curves["adam"][0].size,
         "horizon": options.horizon,
         "recipe": RECIPE | {"outer_steps": options.outer_steps},
-        "best_outer_steps": {
-            n: [t[n].best_step for t in compared.trainers.values()] for n in ("learned", "learned_start")
-        },
+        "best_outer_steps": {n: [t[n].best_step for t in compared.trainers.values()] for n in LEARNED},
         "rates": compared.rates,
         "measured_steps": measured_steps(options.horizon),
         "optimizers": found,

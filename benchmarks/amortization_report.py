@@ -28,11 +28,12 @@ from learned_opt.evaluation.style import (
 FINAL_SHARE = 0.05
 LOOKS = {
     "adam_default": ("Adam, rate 0.001", Style(BASELINE_COLOURS[3], DASHES[1], 1.4, 2)),
-    "adam": ("Adam, tuned", Style(REFERENCE_COLOUR, "-", 1.8, 4)),
+    "adam": ("tuned Adam", Style(REFERENCE_COLOUR, "-", 1.8, 4)),
     "adam_per_group": ("Adam, tuned for each network", Style(REFERENCE_COLOUR, DASHES[0], 1.4, 3)),
-    "adam_pooled": ("Adam, tuned, from one network for all", Style(BASELINE_COLOURS[0], DASHES[2], 1.4, 3)),
+    "adam_pooled": ("tuned Adam, from one network for all", Style(BASELINE_COLOURS[0], DASHES[2], 1.4, 3)),
     "learned": ("learned optimizer", Style(LEARNED_COLOURS[2], "-", 1.8, 4)),
-    "learned_start": ("learned optimizer and initial parameters", Style(LEARNED_COLOURS[0], "-", 2.4, 5)),
+    "learned_start": ("learned optimizer and start", Style(LEARNED_COLOURS[0], "-", 2.4, 5)),
+    "learned_pooled": ("both, from one network for all", Style(LEARNED_COLOURS[1], "-", 2.4, 6)),
 }
 
 
@@ -138,5 +139,5 @@ def draw(curves: dict[str, Array], horizon: int, path: Path) -> None:
     right.axvline(horizon / 3, color=FAINT, linewidth=0.9, linestyle=":")
     right.text(horizon / 3, 0.02, " a third of the steps", color=FAINT, fontsize=8.5)
     left.set_ylim(goals.min() * 0.97, float(np.median(curves["adam"][0])) * 1.01)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK, handlelength=2.8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK, handlelength=2.8)
     figure.savefig(path, dpi=160, facecolor="white")
