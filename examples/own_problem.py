@@ -33,8 +33,8 @@ CONTEXT, NUM_ROWS = 4, 2000
 NUM_CLASSES = 64  # ASCII without its control characters, letters in one case
 
 
-def source_files() -> GroupedData:
-    """Rows of CONTEXT characters and the next one, grouped by file."""
+def source_files(shares: tuple[float, float, float] = (0.6, 0.2, 0.2)) -> GroupedData:
+    """Rows of CONTEXT characters and the next one, grouped by file; `shares` of the files go to each split."""
     inputs, targets, groups = [], [], []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text = path.read_bytes().upper()[: NUM_ROWS + CONTEXT]
@@ -44,7 +44,7 @@ def source_files() -> GroupedData:
             inputs.append(windows[:, :CONTEXT])
             targets.append(windows[:, CONTEXT])
             groups += [path.name] * len(windows)
-    return GroupedData(np.concatenate(inputs), np.concatenate(targets), groups)
+    return GroupedData(np.concatenate(inputs), np.concatenate(targets), groups, shares=shares)
 
 
 def network() -> nn.Module:

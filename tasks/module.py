@@ -23,6 +23,7 @@ from learned_opt.task import TaskFamily, Tensors, check_split, draw_batches, dra
 from tasks.batch_statistics import COUNTS, RowStatistics, use_row_statistics
 from tasks.data.grouped import GroupedData, as_tensor
 from tasks.data.rows import RowRange, draw_rows, num_held_out
+from tasks.supervised import check_judge
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 SampleFunction = Callable[[str, torch.Generator], tuple[Any, Any]]
@@ -48,6 +49,9 @@ class ModuleFamily(TaskFamily):
             module.
         test_share: of sampled data, the share of the rows to hold out (the last ones), strictly between 0 and 1.
             Grouped data has its own.
+        judge: which rows the meta-loss is of: "support", those that the task trains on, or "query", those held out of
+            it, for an optimizer that is to lower the loss on rows never trained on. Inner gradients are of training
+            rows either way.
 
     Raises:
         ValueError: whatever does not fit together: a loss that is not a scalar, targets of the wrong type or shape, a
@@ -65,7 +69,9 @@ class ModuleFamily(TaskFamily):
         batch_size: int = 32,
         init: str = "reset",
         test_share: float = 0.25,
+        judge: str = "support",
     ) -> None:
+        check_judge(judge)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
         if init not in ("reset", "module"):
@@ -83,7 +89,7 @@ class ModuleFamily(TaskFamily):
                 f"loss must be a function (outputs, targets) -> scalar, such as F.mse_loss or nn.MSELoss(); got "
                 f"{loss!r}"
             )
-        self.batch_size, self.init, self.test_share = batch_size, init, test_share
+        self.batch_size, self.init, self.test_share, self.judge = batch_size, init, test_share, judge
         self._data, self._loss = data, loss
         self._loss_branches = False
         self._make = None if isinstance(module, nn.Module) else module
@@ -145,10 +151,19 @@ class ModuleFamily(TaskFamily):
         return self._redraw(int(torch.randint(2**31, (), generator=generator)))
 
     def sample_batches(self, task: Tensors, num_steps: int, generator: torch.Generator) -> Tensors:
-        return {"rows": draw_rows(task, num_steps, self.batch_size, generator)}
+        batches = {"rows": draw_rows(task, num_steps, self.batch_size, generator)}
+        if self.judge == "query":
+            held_out = RowRange(int(task["first_row"] + task["num_rows"]), int(task["num_test"]), 0).as_task()
+            batches["query_rows"] = draw_rows(held_out, num_steps, self.batch_size, generator)
+        return batches
 
     def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
-        rows = batch["rows"]
+        return self._on_rows(params, task, batch["rows"])
+
+    def query_loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor | None:
+        return None if self.judge == "support" else self._on_rows(params, task, batch["query_rows"])
+
+    def _on_rows(self, params: Tensors, task: Tensors, rows: torch.Tensor) -> torch.Tensor:
         return self._loss(self.outputs(params, task, task["inputs"][rows]), task["targets"][rows])
 
     def outputs(
@@ -200,6 +215,7 @@ class ModuleFamily(TaskFamily):
             "batch_size": self.batch_size,
             "init": self.init,
             "test_share": self.test_share,
+            "judge": self.judge,
         }
         if isinstance(self._data, GroupedData):
             digest = hashlib.sha256(self._data.inputs.numpy().tobytes() + self._data.targets.numpy().tobytes())

@@ -3,9 +3,16 @@
 import json
 import sys
 
+import numpy as np
 import pytest
+from torch.nn import functional as F
 
-from benchmarks import families, few_shot
+from benchmarks import amortization, families, few_shot
+from benchmarks.amortization_report import final, measured_steps, steps_to
+from examples.own_problem import network, source_files
+from learned_opt.batched import BatchedFamily
+from learned_opt.task import SPLITS
+from tasks import ModuleFamily
 
 
 def test_few_shot_is_resumed_and_saved_method_by_method(tmp_path, monkeypatch, capsys):
@@ -33,3 +40,47 @@ def test_rows_of_families_that_are_not_measured_are_kept(tmp_path, monkeypatch, 
     for row in rows.values():
         assert row["ratio"]["2"] == pytest.approx(row["batched"]["2"] / row["one_by_one"], rel=0.05, abs=0.01)
     assert "| `module` | 321 |" in capsys.readouterr().out
+
+
+def test_amortization_at_a_small_size(tmp_path, monkeypatch, capsys):
+    paths = [
+        "--folder",
+        str(tmp_path / "runs"),
+        "--results",
+        str(tmp_path / "a.json"),
+        "--picture",
+        str(tmp_path / "a.png"),
+    ]
+    sizes = ["--outer-steps", "2", "--horizon", "30", "--most-groups", "3", "--pooled-steps", "2", "--seeds", "0", "1"]
+    monkeypatch.setattr(sys, "argv", ["amortization.py", *paths, *sizes])
+    amortization.main()
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["num_networks"] == 6 and found["measured_steps"] == [*range(11), 15, 20, 25, 30]
+    counts = found["num_groups"]
+    assert counts["meta_train"] == pytest.approx(sum(counts.values()) / 3, abs=1)
+    adam = found["optimizers"]["adam"]
+    assert adam["steps_to_adams_final"]["reached"] == 1 and adam["final_loss_minus_adams"] == [0, 0, 0]
+    assert adam["steps_to_adams_final"]["share_of_its_own_steps_iqm"] == [1, 1, 1]
+    assert all(len(row["curve"]) == 15 and row["rise_after_least"][0] >= 0 for row in found["optimizers"].values())
+    assert found["optimizers"]["adam_per_group"]["final_loss"][0] <= adam["final_loss"][0]
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert "| learned_start |" in capsys.readouterr().out
+
+
+def test_every_group_is_trained_on_once_and_only_within_its_split():
+    data = source_files(amortization.SHARES)
+    family = BatchedFamily(ModuleFamily(network, F.cross_entropy, data, batch_size=64))
+    firsts = {}
+    for split in SPLITS:
+        groups = amortization.Groups(family, data, split)
+        firsts[split] = groups.particles.tasks["first_row"].tolist()
+        assert firsts[split] == sorted(group.first for group in data.ranges[split])
+    assert len({first for found in firsts.values() for first in found}) == sum(map(len, data.ranges.values()))
+
+
+def test_steps_to_a_target_of_curves_that_are_known():
+    steps = measured_steps(30)
+    curves = np.stack([3 - 0.1 * np.array(steps), np.full(len(steps), 3.0)], axis=1)
+    np.testing.assert_allclose(final(curves, 30), [0.0, 3.0], atol=1e-12)
+    np.testing.assert_array_equal(steps_to(curves, np.array([1.05, 2.0]), 30), [20, np.inf])
+    np.testing.assert_array_equal(steps_to(curves, np.array([0.6, 3.0]), 30), [25, 0])

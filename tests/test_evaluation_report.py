@@ -10,11 +10,12 @@ import torch
 from evaluation_families import Parabola, Regression
 
 from learned_opt import rules
-from learned_opt.evaluation import BASELINES, Baseline, EvaluationConfig, Learned, compare
+from learned_opt.evaluation import BASELINES, Baseline, EvaluationConfig, Learned, compare, page, totals
 from learned_opt.evaluation.explain import explain
-from learned_opt.evaluation.plots import draw_family
+from learned_opt.evaluation.explain_plots import draw_all
+from learned_opt.evaluation.plots import draw_curves, draw_family
 from learned_opt.evaluation.report import build
-from learned_opt.evaluation.style import new_figure, styles, to_svg
+from learned_opt.evaluation.style import new_figure, short, styles, to_svg
 from learned_opt.evaluation.suite_plots import draw_profiles, draw_speedups
 
 VOID = {"meta", "img", "br", "line", "wbr"}
@@ -194,3 +195,26 @@ def test_svg_is_the_same_for_the_same_figure():
 
     assert draw() == draw()
     assert ">1.0</text>" in draw(), "words are text, not outlines"
+
+
+LONG = "my_experiment_with_a_very_long_name_of_seventy_characters_rnnprop_seed_0"
+
+
+def test_long_labels_push_nothing_out_of_the_page_or_its_pictures(comparison):
+    # The first column of tables is narrow on a phone; whatever else is kept on one line would push the page sideways.
+    style = re.sub(r"@media.*", "", page.STYLE, flags=re.DOTALL)
+    kept_on_one_line = [rule.split("{")[0].strip() for rule in style.split("}") if "white-space: nowrap" in rule]
+    assert kept_on_one_line == ["th, td"] and "overflow-wrap: break-word" in page.STYLE
+    results = [
+        dataclasses.replace(r, optimizer=LONG if r.optimizer == "mine_too" else r.optimizer) for r in comparison.results
+    ]
+    names = tuple(LONG if name == "mine_too" else name for name in comparison.optimizers)
+    renamed = dataclasses.replace(comparison, results=results, optimizers=names)
+    rule = rules.get("compact")
+    explanation = explain(rule, rule.init_theta(torch.Generator().manual_seed(0)), horizon=10)
+    sums = totals(renamed)
+    figures = [draw_speedups(renamed, sums), draw_curves(renamed), *draw_all(explanation, LONG).values()]
+    for figure in figures:
+        assert LONG not in to_svg(figure)  # a layout that collapses warns, and warnings are errors
+    assert short(LONG) == "my_experiment_with…op_seed_0" and short(LONG) in to_svg(figures[0])
+    assert LONG in build(renamed, title="A").replace("<wbr>", "")

@@ -123,7 +123,7 @@ def test_balanced_families_count_alike_whatever_their_losses_scale():
     trainer.step()
     for name, change in expected.items():
         assert torch.allclose(trainer.theta[name] - before[name], change, rtol=1e-9, atol=1e-15)
-    # The average remembers: a second step's meta-gradients are divided by the root of 0.9 of the old squares and 0.1 new.
+    # The average remembers: a second step divides by the root of 0.9 of the old squares and 0.1 of the new.
     before = trainer.state_dict()["squared_norms"]
     twin = trainer_of("adam", families, dtype=torch.float64, balance_families=True, **settings)
     twin.load_state_dict(trainer.state_dict())

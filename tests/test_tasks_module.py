@@ -591,3 +591,33 @@ def test_python_branches_run_one_by_one_with_equal_results(options):
             error = (outputs - task["targets"][rows]).abs()
             torch.testing.assert_close(want, torch.where(error < 1, error.square(), 2 * error - 1).mean())
         torch.testing.assert_close(metrics["test_loss"][i], want, rtol=1e-12, atol=0)
+
+
+def test_shares_of_the_groups():
+    data = GroupedData(*table(), shares=(1 / 3, 1 / 6, 1 / 2))
+    assert [data.num_groups(s) for s in SPLITS] == [4, 2, 6]
+    assert [GroupedData(*table(), shares=(0.02, 0.02, 0.96)).num_groups(s) for s in SPLITS] == [1, 1, 10]
+    assert [GroupedData(*table(), shares=(0.02, 0.96, 0.02)).num_groups(s) for s in SPLITS] == [1, 10, 1]
+    for bad in ((0.5, 0.5), (0.5, 0.5, 0.0), (0.5, 0.5, 0.5)):
+        with pytest.raises(
+            ValueError, match=r"shares must be 3 positive numbers with sum 1, for meta_train, .*; got \("
+        ):
+            GroupedData(*table(), shares=bad)
+
+
+def test_judged_on_held_out_rows_and_trained_on_the_others():
+    plain, judged = family(), family(judge="query")
+    seed = task_seed("meta_train", 0, 1)
+    task, params = draw_task(judged, "meta_train", seed)
+    batches = draw_batches(judged, task, seed, 0, 64)
+    torch.testing.assert_close(batches["rows"], draw_batches(plain, task, seed, 0, 64)["rows"])
+    first_held_out = int(task["first_row"] + task["num_rows"])
+    held_out = range(first_held_out, first_held_out + int(task["num_test"]))
+    assert set(batches["query_rows"].flatten().tolist()) == set(held_out)
+    whole = {**task, **judged.shared_data()}
+    batch = {"rows": batches["rows"][0], "query_rows": torch.tensor(list(held_out))}
+    torch.testing.assert_close(judged.query_loss(params, whole, batch), judged.eval_metrics(params, whole)["test_loss"])
+    torch.testing.assert_close(judged.loss(params, whole, batch), plain.loss(params, whole, batch))
+    assert plain.query_loss(params, whole, batch) is None
+    assert BatchedFamily(judged).judged_apart and not BatchedFamily(plain).judged_apart
+    assert plain.config()["judge"] == "support"

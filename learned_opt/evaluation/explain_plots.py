@@ -9,7 +9,7 @@ import numpy as np
 from learned_opt.evaluation.explain import EVENT, Explanation, Response
 from learned_opt.evaluation.memory import FEATURES
 from learned_opt.evaluation.metrics import Array
-from learned_opt.evaluation.style import DASHES, FAINT, INK, LEARNED_COLOURS, REFERENCE_COLOUR, new_figure, tidy
+from learned_opt.evaluation.style import DASHES, FAINT, INK, LEARNED_COLOURS, REFERENCE_COLOUR, new_figure, short, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def draw_response(response: Response, steady: dict[str, float], name: str) -> Fi
             color=_COLOURS[who],
             linewidth=2.2 if who == "rule" else 1.4,
             linestyle="-" if who == "rule" else DASHES[k - 1],
-            label=name if who == "rule" else who,
+            label=short(name) if who == "rule" else who,
             zorder=3 if who == "rule" else 2,
         )
     before = response.gradients[:EVENT]

@@ -16,7 +16,8 @@ STYLE = """
 :root { color-scheme: light; --ink: #222; --faint: #6b6b6b; --line: #dcdcdc; --learned: #fdf1e9; --width: 72rem; }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem 1rem 4rem; max-width: var(--width); color: var(--ink); background: #fff;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
+  overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .3rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .5rem; padding-top: .6rem; border-top: 2px solid var(--ink); }
 h3 { font-size: 1.02rem; margin: 1.6rem 0 .3rem; overflow-wrap: anywhere; }
@@ -25,7 +26,7 @@ p.faint, figcaption, .note { color: var(--faint); font-size: .86rem; }
 .note { border-left: 3px solid #e69f00; padding-left: .6rem; max-width: 44rem; }
 p.headline { font-size: 1.1rem; }
 nav { font-size: .9rem; margin: .8rem 0; }
-nav a { margin-right: 1rem; color: #0072b2; white-space: nowrap; }
+nav a { margin-right: 1rem; color: #0072b2; display: inline-block; max-width: 100%; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .82rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .26rem .45rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
@@ -42,7 +43,7 @@ figcaption { margin-bottom: .2rem; }
 .family .both { display: grid; gap: .4rem 1.4rem; align-items: center;
   grid-template-columns: minmax(0, 26rem) minmax(0, 1fr); }
 ul.key { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; max-width: none; }
-ul.key li { font-size: .86rem; white-space: nowrap; }
+ul.key li { font-size: .86rem; max-width: 100%; }
 ul.key svg { vertical-align: middle; margin-right: .35rem; }
 pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; }
 @media (max-width: 52rem) { .family .both { grid-template-columns: minmax(0, 1fr); } body { padding: .6rem .8rem 3rem; }

@@ -11,7 +11,7 @@ import numpy as np
 from learned_opt.evaluation.results import Comparison, Result
 from learned_opt.evaluation.style import FAINT as _FAINT
 from learned_opt.evaluation.style import INK as _INK
-from learned_opt.evaluation.style import Style, new_figure, plain_ticks, styles, tidy
+from learned_opt.evaluation.style import Style, new_figure, plain_ticks, short, styles, tidy
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -126,7 +126,7 @@ def _draw_panel(
         )
         shown += [value for line in (low, middle, high) for value in line if math.isfinite(value)]
         start = max(start, curve.high[0])
-    panel.set_title(family, loc="left", fontsize=10.5, color=_INK, fontweight="bold")
+    panel.set_title(short(family), loc="left", fontsize=10.5, color=_INK, fontweight="bold")
     if not shown:
         panel.text(0.5, 0.5, "every optimizer diverged", ha="center", color=_FAINT, transform=panel.transAxes)
         panel.set_axis_off()
@@ -166,7 +166,7 @@ def _legend(figure: Figure, axes: np.ndarray, comparison: Comparison) -> None:
     num_tasks = comparison.num_tasks * len(comparison.seeds)
     legend = figure.legend(
         [handles[name] for name in order],
-        order,
+        [short(name) for name in order],
         loc="outside lower center",
         ncols=min(len(order), 3 * min(len(axes), _MAX_COLUMNS)),
         frameon=False,

@@ -19,6 +19,7 @@ REFERENCE_COLOUR = "#0072B2"
 BASELINE_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#999999", "#B5A300")
 DASHES = ((0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 INK, FAINT = "#333333", "#8A8A8A"
+_MOST_LETTERS = 28
 
 Dashes = Literal["-"] | tuple[float, tuple[float, ...]]
 
@@ -59,6 +60,11 @@ def styles(comparison: Comparison) -> dict[str, Style]:
             out[name] = Style(colour, dashes, 1.4, 3)
             num_others += 1
     return out
+
+
+def short(label: str) -> str:
+    """The label, its middle left out where it would push the axes out of a picture."""
+    return label if len(label) <= _MOST_LETTERS else f"{label[: _MOST_LETTERS - 10]}…{label[-9:]}"
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -9,7 +9,7 @@ import numpy as np
 
 from learned_opt.evaluation.aggregate import Total, performance_profile, speedup_strata
 from learned_opt.evaluation.results import Comparison, format_number
-from learned_opt.evaluation.style import FAINT, INK, new_figure, plain_ticks, styles, tidy
+from learned_opt.evaluation.style import FAINT, INK, new_figure, plain_ticks, short, styles, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def draw_speedups(comparison: Comparison, totals: Sequence[Total]) -> Figure:
         panel.plot([value], [row], "o", color=colour, markersize=8 if total.learned else 5.5)
         text = format_number(total.speedup.value, 3)
         panel.annotate(text, (value, row), (0, 6), textcoords="offset points", ha="center", fontsize=8, color=INK)
-    panel.set_yticks(range(len(ordered)), [total.optimizer for total in ordered])
+    panel.set_yticks(range(len(ordered)), [short(total.optimizer) for total in ordered])
     panel.set_ylim(-0.6, len(ordered) - 0.3)
     panel.set_xscale("log")
     low, high = panel.get_xlim()

@@ -21,9 +21,8 @@ _FEWEST_ROWS = 2
 class GroupedData:
     """Rows of inputs and targets, dealt out by group to meta-train, meta-validation and meta-test.
 
-    A group belongs to one split with all of its rows: 60 % of the groups are meta-train, 20 % meta-validation, 20 %
-    meta-test (at least one each). Within each group, `test_share` of the rows (at least one) is held out of the task
-    for `eval_metrics`.
+    A group belongs to one split with all of its rows. Within each group, `test_share` of the rows (at least one) is
+    held out of the task for `eval_metrics`.
 
     Args:
         inputs: [rows, …], numbers: NumPy array, tensor, or pandas DataFrame/Series. Floating point (float32 in here) or
@@ -33,6 +32,8 @@ class GroupedData:
             integers. None for one data set without groups: its rows are dealt out to the three splits.
         test_share: share of each group's rows to hold out, strictly between 0 and 1.
         small_groups: what to do with groups of a single row: "error" or "drop".
+        shares: of the groups, for meta-train, meta-validation and meta-test: three positive numbers with sum 1, of
+            which each split gets at least one group. Rows without groups are dealt out by them too.
         seed: of the deal; the same seed, the same deal.
 
     Attributes:
@@ -53,12 +54,18 @@ class GroupedData:
         *,
         test_share: float = 0.25,
         small_groups: str = "error",
+        shares: Sequence[float] = SPLIT_SHARES,
         seed: int = 0,
     ) -> None:
         if not 0 < test_share < 1:
             raise ValueError(f"test_share must lie strictly between 0 and 1; got {test_share}")
         if small_groups not in ("error", "drop"):
             raise ValueError(f"small_groups must be error or drop; got {small_groups!r}")
+        if len(shares) != len(SPLITS) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(
+                f"shares must be {len(SPLITS)} positive numbers with sum 1, for {', '.join(SPLITS)}; "
+                f"got {tuple(shares)}"
+            )
         if seed < 0:
             raise ValueError(f"seed must not be negative; got {seed}")
         all_inputs, all_targets = as_tensor("inputs", inputs), as_tensor("targets", targets)
@@ -66,7 +73,7 @@ class GroupedData:
         if len(all_targets) != num_rows:
             raise ValueError(f"targets must have one entry per row of inputs ({num_rows}); got {len(all_targets)}")
         random = np.random.default_rng(seed)
-        split_labels, members = self._deal(groups, num_rows, small_groups, random)
+        split_labels, members = self._deal(groups, num_rows, small_groups, shares, random)
         self.labels: dict[str, list[Any]] = split_labels
         self.ranges: dict[str, list[RowRange]] = {split: [] for split in SPLITS}
         order: list[np.ndarray] = []
@@ -97,7 +104,7 @@ class GroupedData:
             group: the column that says which task a row belongs to.
             target: the column to predict.
             features: the columns to predict it from, all of numbers; by default all others.
-            **options: `test_share`, `small_groups`, `seed`.
+            **options: `test_share`, `small_groups`, `shares`, `seed`.
 
         Raises:
             ValueError: a column that is not there or there twice, and whatever the constructor raises.
@@ -136,7 +143,7 @@ class GroupedData:
 
     @staticmethod
     def _deal(
-        groups: Any, num_rows: int, small_groups: str, random: np.random.Generator
+        groups: Any, num_rows: int, small_groups: str, shares: Sequence[float], random: np.random.Generator
     ) -> tuple[dict[str, list[Any]], dict[str, list[np.ndarray]]]:
         """Per split, the names of its groups and the row numbers of each."""
         if groups is None:
@@ -144,7 +151,7 @@ class GroupedData:
                 raise ValueError(
                     f"data without groups must have at least {_FEWEST_ROWS * len(SPLITS)} rows; got {num_rows}"
                 )
-            parts = np.split(random.permutation(num_rows), _cuts(num_rows, _FEWEST_ROWS))
+            parts = np.split(random.permutation(num_rows), _cuts(num_rows, shares, _FEWEST_ROWS))
             return {s: [s] for s in SPLITS}, {s: [p] for s, p in zip(SPLITS, parts)}
         if isinstance(groups, torch.Tensor):
             groups = groups.detach().cpu()
@@ -174,7 +181,7 @@ class GroupedData:
             )
         dates = unique.dtype.kind in "mM"
         by_group = np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1])
-        parts = np.split(random.permutation(kept), _cuts(len(kept), 1))
+        parts = np.split(random.permutation(kept), _cuts(len(kept), shares, 1))
         return (
             # NumPy's own items of dates are nanoseconds since 1970; their text says which day it was.
             {s: [str(unique[g]) if dates else unique[g].item() for g in part] for s, part in zip(SPLITS, parts)},
@@ -182,10 +189,10 @@ class GroupedData:
         )
 
 
-def _cuts(count: int, fewest: int) -> list[int]:
-    """Where to cut `count` things in three by `SPLIT_SHARES`, with at least `fewest` in each part."""
-    last = max(fewest, round(count * SPLIT_SHARES[2]))
-    middle = max(fewest, round(count * SPLIT_SHARES[1]))
+def _cuts(count: int, shares: Sequence[float], fewest: int) -> list[int]:
+    """Where to cut `count` ≥ 3·fewest things in three by their shares, with at least `fewest` in each part."""
+    last = min(max(fewest, round(count * shares[2])), count - 2 * fewest)
+    middle = min(max(fewest, round(count * shares[1])), count - last - fewest)
     return [count - last - middle, count - last]
 
 
