@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 import yaml
@@ -49,17 +50,16 @@ def config_file(folder, **changes):
     return str(path)
 
 
-def command(*arguments):
-    return [sys.executable, SCRIPT, *arguments]
-
-
 def run(*arguments, **kwargs):
+    """The command as a user starts it."""
     kwargs = {"timeout": 120, "env": {**os.environ, "COLUMNS": "120"}, **kwargs}
-    return subprocess.run(command(*arguments), capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs)
+    command = [sys.executable, SCRIPT, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs)
 
 
 def start(*arguments):
-    return subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """The command in a process of its own that need not import torch first."""
+    return fork_server.Program([SCRIPT, *arguments], cwd=ROOT, env={**os.environ, "COLUMNS": "120"})
 
 
 def wait_for_step(folder, step, process):
@@ -129,11 +129,11 @@ def test_killed_at_random_and_resumed_ends_with_the_same_bits(undisturbed, tmp_p
         wait_for_step(folder, step, process)
         time.sleep(moments.uniform(0, 0.05))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.communicate(60)
         kills += process.returncode == -signal.SIGKILL
         arguments = ["--resume", str(folder)]
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
+    process = start(*arguments)
+    assert not process.communicate(120)[1] and process.returncode == 0
     assert kills >= 2
     want, got = final_state(undisturbed), final_state(folder)
     for name, value in want["theta"].items():
@@ -183,8 +183,8 @@ def test_a_signal_saves_and_says_how_to_resume(in_process, undisturbed, tmp_path
     assert f"continue with: python train_optimizer.py --resume {folder}" in out
     stopped_at = int(out.split("stopped at outer step ")[1].split(";")[0])
     assert final_state(folder)["outer_step"] == stopped_at
-    done = run("--resume", str(folder))
-    assert done.returncode == 0, done.stderr
+    status, said = in_process("--resume", str(folder))
+    assert status == 0, said
     assert hash_of(folder) == hash_of(undisturbed)
 
 
