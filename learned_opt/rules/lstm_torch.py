@@ -6,11 +6,17 @@ steps are run again, keeping what the way back needs; then back-propagation thro
 What it costs beside the matrix products is passes over memory and tanh. On a CPU torch's sigmoid takes a third of the
 time of its tanh, so tanh(x) is 2σ(2x) − 1 here, the same number to rounding: the candidates' weights are doubled, and
 one sigmoid covers all four gates. Biases are a column of the weights, against a row of ones.
+
+On a CPU, memory that is fresh from the system costs more to touch than to compute in: every thread keeps what a run was
+recorded in, as large as its largest so far, and records the next one there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import threading
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -28,9 +34,33 @@ def doubled_candidates(theta: Tensors, layer: int) -> torch.Tensor:
     return weight
 
 
+class _Kept(threading.local):
+    """The calling thread's memory, by type of number."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[torch.dtype, torch.Tensor] = {}
+
+
+_kept = _Kept()
+_ALIGNED = 16  # numbers: 64 bytes in single precision
+
+
+def _buffers(like: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Uninitialized tensors of these shapes; on a CPU, valid until this thread asks again."""
+    if like.device.type != "cpu":
+        return [like.new_empty(shape) for shape in shapes]
+    sizes = [-(-math.prod(shape) // _ALIGNED) * _ALIGNED for shape in shapes]
+    flat = _kept.numbers.get(like.dtype)
+    if flat is None or len(flat) < sum(sizes):
+        _kept.numbers.pop(like.dtype, None)
+        flat = _kept.numbers[like.dtype] = like.new_empty(sum(sizes))
+    parts = flat[: sum(sizes)].split(sizes)
+    return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Tape:
-    """What `backward` needs of a run of the network.
+    """What `backward` needs of a run of the network; valid until the calling thread's next one.
 
     Attributes:
         inputs: [steps, rows, n], what the network was given.
@@ -39,6 +69,8 @@ class Tape:
         gates: per layer [steps, 4 hidden, n], activated.
         cells: per layer [steps + 1, hidden, n].
         bent: per layer [steps, hidden, n], tanh of the cells after each step.
+        d_joined: per layer [steps, width + hidden, n], room for derivatives with respect to the joined inputs.
+        d_gates: [4 hidden, n], room for those of a step's gates.
     """
 
     inputs: torch.Tensor
@@ -47,6 +79,8 @@ class Tape:
     gates: list[torch.Tensor]
     cells: list[torch.Tensor]
     bent: list[torch.Tensor]
+    d_joined: list[torch.Tensor]
+    d_gates: torch.Tensor
 
 
 def run(theta: Tensors, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor) -> Tape:
@@ -56,19 +90,23 @@ def run(theta: Tensors, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.
     dense = None
     if "dense.weight" in theta:
         dense = F.elu_(torch.matmul(theta["dense.weight"], inputs).add_(theta["dense.bias"][:, None]))
-    tape = Tape(inputs, dense, [], [], [], [])
-    minus_one = inputs.new_full((), -1.0)
     below = inputs if dense is None else dense
-    for layer in range(num_layers):
-        weight, width = doubled_candidates(theta, layer), below.shape[1]
-        joined = inputs.new_empty(num_steps + 1, width + size + 1, n)
+    widths = [below.shape[1], *[size] * (num_layers - 1)]
+    shapes: list[tuple[int, ...]] = [(4 * size, n)]
+    for width in widths:
+        shapes += [(num_steps + 1, width + size + 1, n), (num_steps, 4 * size, n), (num_steps + 1, size, n)]
+        shapes += [(num_steps, size, n), (num_steps, width + size, n)]
+    d_gates, *rooms = _buffers(inputs, shapes)
+    tape = Tape(inputs, dense, rooms[::5], rooms[1::5], rooms[2::5], rooms[3::5], rooms[4::5], d_gates)
+    minus_one = inputs.new_full((), -1.0)
+    for layer, (width, joined, gates, cells, bent) in enumerate(
+        zip(widths, tape.joined, tape.gates, tape.cells, tape.bent)
+    ):
+        weight = doubled_candidates(theta, layer)
         joined[:num_steps, :width] = below
         joined[0, width:-1] = hidden[layer]
         joined[:, -1] = 1
-        gates = inputs.new_empty(num_steps, 4 * size, n)
-        cells = inputs.new_empty(num_steps + 1, size, n)
         cells[0] = cell[layer]
-        bent = inputs.new_empty(num_steps, size, n)
         old = cells[0]
         for gate, (i, f, o, candidate), new, curve, joint, above in zip(
             gates, _steps(gates, 4), cells[1:], bent, joined, joined[1:, width:-1]
@@ -80,10 +118,6 @@ def run(theta: Tensors, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.
             torch.add(minus_one, curve, alpha=2, out=curve)
             torch.mul(o, curve, out=above)
             old = new
-        tape.joined.append(joined)
-        tape.gates.append(gates)
-        tape.cells.append(cells)
-        tape.bent.append(bent)
         below = joined[1:, width:-1]
     return tape
 
@@ -115,7 +149,7 @@ def backward(
         wants_inputs: whether to compute the derivative with respect to the inputs.
 
     Returns:
-        (derivatives for every tensor of theta, [steps, rows, n] for the inputs or None).
+        (derivatives for every tensor of theta, [steps, rows, n] for the inputs or None; valid as long as the tape).
     """
     num_layers, size, n = d_hidden.shape
     num_steps = len(d_out)
@@ -129,16 +163,16 @@ def backward(
     out["output.bias"] = d_out.sum().view(1)
     out["output.weight"] = sum((top[t] @ d_out[t] for t in range(num_steps)), d_out.new_zeros(size)).view(1, size)
     # The derivative with respect to what each layer puts out, before its own recurrent part: [steps, size, n].
-    d_above = theta["output.weight"].view(size, 1) * d_out[:, None]
+    d_above = torch.mul(theta["output.weight"].view(size, 1), d_out[:, None])
     for layer in reversed(range(num_layers)):
         weight = theta[f"lstm.{layer}.weight"]
         width = weight.shape[1] - size
         below = layer > 0 or tape.dense is not None or wants_inputs
         back = (weight if below else weight[:, width:]).t().contiguous()
-        d_joined = d_out.new_empty(num_steps if below else 1, len(back), n)
+        d_joined = tape.d_joined[layer] if below else tape.d_joined[layer][:, width:]
         total = d_out.new_zeros(4 * size, width + size + 1)
         later, d_c = d_hidden[layer], d_cell[layer]
-        flat = d_out.new_empty(4 * size, n)
+        flat = tape.d_gates
         d_i, d_f, d_o, d_candidate = flat.view(4, size, n).unbind(0)
         slope = d_out.new_empty(size, n)
         sigmoids = flat[: 3 * size]
@@ -149,7 +183,7 @@ def backward(
             tape.bent[layer],
             tape.joined[layer].transpose(1, 2),
             d_above,
-            d_joined if below else d_joined.expand(num_steps, -1, -1),
+            d_joined,
         )
         for opened, (i, f, o, candidate), cell, curve, joint, d_output, product in reversed(list(steps)):
             later.add_(d_output)
