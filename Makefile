@@ -56,7 +56,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/python -m ruff format .
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n auto --dist loadfile $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
 
 clean:
 	rm -rf $(VENV) .venv-ci build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

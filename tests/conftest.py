@@ -44,6 +44,15 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ["LEARNED_OPT_CACHE"], ignore_errors=True)
 
 
+_LONG = ("test_train_optimizer", "test_scale", "test_distributed", "test_recipes", "test_fused", "test_meta_training")
+"""Starts of the names of files of few tests that take long."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: processes that share the files out would otherwise end with one of them, and wait for it."""
+    items.sort(key=lambda item: not item.path.name.startswith(_LONG))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """A test that builds an `nn.Module` draws from torch's global generator: always from the same state of it."""

@@ -28,9 +28,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one unit, no memory": ("compact", {"hidden_size": 1, "beta": 0.0, "eps": 1e-3}),
     "widest": ("compact", {"hidden_size": 64, "dense_units": 40}),
 }
-SIZES = (3, 64, 133)
+SIZES = (3, 64, 70)
+"""Less than a block, one, and one that begins a second. The interpreter takes a tenth of a second for a block."""
 DTYPES = {"float32": (torch.float32,) * 3, "bfloat16": (torch.bfloat16,) * 3}
-NUM_STEPS = 4
+NUM_STEPS = 3
 
 
 def gradients(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -59,7 +60,7 @@ def compare(name: str, n: int) -> str:
     params = torch.randn(n, generator=generator)
     for step in range(NUM_STEPS):
         grads = gradients(n, generator)
-        factors = Factors(lr=2.0, keep=0.75, maximize=step == 2)
+        factors = Factors(lr=2.0, keep=0.75, maximize=step == 1)
         signed = -grads if factors.maximize else grads
         update, state = rule.update(theta, signed, params, state)
         moved, only_update = params.clone(), torch.zeros(n)
@@ -83,7 +84,7 @@ def numbers() -> dict[str, Any]:
     """Disagreements per case and size, and what the optimizer's own check finds."""
     out: dict[str, Any] = {}
     for name in CASES:
-        for n in SIZES:
+        for n in SIZES if name == "compact" else SIZES[-1:]:
             try:
                 out[f"{name}, {n}"] = compare(name, n)
             except AssertionError as error:
@@ -121,8 +122,11 @@ def optimizer() -> dict[str, Any]:
 
     fused.launch = counting
     out: dict[str, Any] = {}
-    for name in ("compact", "rnnprop", "l2l"):
-        for dtype, state_dtype in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, torch.bfloat16)):
+    dtypes = {name: [(torch.float32, None)] for name in ("compact", "rnnprop", "l2l")}
+    dtypes["compact"].append((torch.bfloat16, None))
+    dtypes["rnnprop"].append((torch.float32, torch.bfloat16))
+    for name, ways in dtypes.items():
+        for dtype, state_dtype in ways:
             runs = []
             launches = 0
             for use in (False, True):
@@ -130,7 +134,7 @@ def optimizer() -> dict[str, Any]:
                 model = model_of(dtype=dtype)
                 last = model[2].weight
                 groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "weight_decay": 0.01}]
-                mine = LearnedOptimizer(groups, artifact_of(name), state_dtype=state_dtype, chunk_size=9)
+                mine = LearnedOptimizer(groups, artifact_of(name), state_dtype=state_dtype, chunk_size=13)
                 last.requires_grad_(False)  # thaws later: a chunk with several step counts
                 step_on_made_up_gradients(model, mine, 2)
                 last.requires_grad_(True)

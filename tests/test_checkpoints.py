@@ -5,11 +5,10 @@ import hashlib
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 
@@ -289,10 +288,8 @@ def test_a_disk_that_fills_up_for_real(tmp_path):
         except CheckpointError as error:
             print(error)
     """
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True, cwd=root
-    )
+    done = fork_server.run("-c", textwrap.dedent(program))
+    assert done.returncode == 0, done.stderr
     assert "cannot write the checkpoint" in done.stdout and os.strerror(errno.EFBIG) in done.stdout
     assert names(tmp_path) == before
     assert same(CheckpointFolder(tmp_path).load_latest(), state_of(30))

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from optimizer_cases import artifact_of, model_of, train
@@ -35,13 +36,7 @@ def run(what: str, tmp_path: Path, **environment: str) -> dict[str, Any]:
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     settings.pop("LEARNED_OPT_FUSED", None)
     settings.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "fused_runs.py"), what],
-        env=settings | environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = fork_server.run(ROOT / "tests" / "fused_runs.py", what, env=settings | environment, timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -51,7 +46,7 @@ def test_the_kernel_computes_what_the_rule_defines(tmp_path):
     result = run("numbers", tmp_path, TRITON_INTERPRET="1")
     checks = {name: value for name, value in result.items() if name.startswith("check of ")}
     steps = {name: value for name, value in result.items() if name not in checks}
-    assert {"compact, 133", "rnnprop, 133", "l2l, 133"} <= set(steps)
+    assert {"compact, 3", "compact, 64", "compact, 70", "rnnprop, 70", "l2l, 70"} <= set(steps)
     assert not {name: text for name, text in steps.items() if text}
     assert len(checks) == 14
     # Far below the limit of 1, at which plain torch would take over.
@@ -61,7 +56,7 @@ def test_the_kernel_computes_what_the_rule_defines(tmp_path):
 @needs_triton
 def test_the_optimizer_steps_with_the_kernel_as_without(tmp_path):
     result = run("optimizer", tmp_path, TRITON_INTERPRET="1")
-    assert len(result) == 9
+    assert len(result) == 5
     for name, (launches, worst, same_counts) in result.items():
         assert launches > 10, f"{name}: the kernel was not used"
         # Numbers kept in bfloat16 may be rounded to the other side, in each of the four steps.

@@ -21,7 +21,7 @@ from learned_opt.meta_trainer import MetaTrainer
 from learned_opt.task import TaskFamily
 from learned_opt.truncation import HorizonSchedule
 
-SIZE = 40_000
+SIZE = 8_000
 
 
 class LiveTensors(TorchDispatchMode):
@@ -108,7 +108,7 @@ def test_the_formula_is_what_is_held(monkeypatch, native, truncation, particles,
         truncation=truncation,
         horizons=HorizonSchedule(longest=horizon, random_offsets=offsets),
     )
-    trainer = MetaTrainer(rule, {"separate": Separate()}, config, estimators.get("backprop", chunk_size=2000))
+    trainer = MetaTrainer(rule, {"separate": Separate()}, config, estimators.get("backprop", chunk_size=400))
     trainer.step()  # with a horizon of 30, the restart is in the middle of the second truncation
     state = trainer.estimator_states["separate"]
     if offsets:
@@ -118,8 +118,8 @@ def test_the_formula_is_what_is_held(monkeypatch, native, truncation, particles,
     with LiveTensors(held) as live:
         trainer.step()
     predicted = predicted_bytes(rule, SIZE * particles, truncation, restarts=restarts, share=share)
-    # What is beside it: one chunk of 2,000 coordinates, of which torch holds some 650 numbers at every step.
-    beside = 4 * 2000 * truncation * (650 if native == "0" else 4)
+    # What is beside it: one chunk of 400 coordinates, of which torch holds some 650 numbers at every step.
+    beside = 4 * 400 * truncation * (650 if native == "0" else 4)
     assert 0.93 * predicted <= live.peak <= 1.02 * predicted + beside
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 
@@ -308,9 +309,8 @@ if not child:
     os._exit(0 if all(torch.equal(got[name], v) for name, v in want.items()) else 3)
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, env={**os.environ, "PYTHONPATH": root}, check=False)
-    assert done.returncode == 0
+    done = fork_server.run("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 # How libraries are built and kept: with a source that compiles in no time.

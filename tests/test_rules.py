@@ -225,6 +225,19 @@ def test_backward_equals_autograd(rule):
             assert value.abs().max() > 0
 
 
+def test_one_step_back_equals_autograd(rule):
+    theta = theta_of(rule)
+    state, generator = rule.init_state(N, dtype=torch.float64), torch.Generator().manual_seed(4)
+    for grad in grads_of():
+        d_update = torch.randn(N, generator=generator, dtype=torch.float64)
+        d_state = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in state.items()}
+        want = UpdateRule.vjp(rule, theta, grad, torch.zeros_like(grad), state, d_update, d_state)
+        got = rule.vjp(theta, grad, torch.zeros_like(grad), state, d_update, {n: v.clone() for n, v in d_state.items()})
+        for one, other in zip(got, want):  # without memory, autograd has no derivative for the step count
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, equal_nan=True)
+        state = rule.update(theta, grad, torch.zeros_like(grad), state)[1]
+
+
 def test_backward_equals_finite_differences(rule):
     theta, grads, loss_grads = theta_of(rule), grads_of(), grads_of(seed=5)
     _, state = run(rule, theta, grads_of(seed=9))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torchrun
+from fork_server import Program
 
 from learned_opt import run_folder
 from learned_opt.config import RunConfig
@@ -15,27 +13,25 @@ from learned_opt.run_folder import RunFolder, open_folder, refuse_differences, v
 
 # What agents of a sweep do, as close together as can be: all wait for a file, then make folders.
 MAKE = """
-import pathlib, time
+import pathlib, sys, time
 from learned_opt.config import RunConfig
 from learned_opt.run_folder import RunFolder
-print("ready", flush=True)
+pathlib.Path(sys.argv[1]).touch()
 while not pathlib.Path("go").exists():
     time.sleep(0.001)
 for _ in range(20):
     folder = RunFolder.new(pathlib.Path("runs"), "digits")
     folder.start(RunConfig())
-    print(folder.path.name, flush=True)
+    print(folder.path.name)
 """
 
 
 def test_runs_that_start_at_once_do_not_share_a_folder(tmp_path):
-    command = [sys.executable, "-c", MAKE]
-    pipes = {"stdout": subprocess.PIPE, "text": True, "cwd": tmp_path, "env": torchrun.environment()}
-    agents = [subprocess.Popen(command, **pipes) for _ in range(3)]
-    for agent in agents:
-        assert agent.stdout.readline() == "ready\n"
+    ready = [tmp_path / f"ready-{k}" for k in range(3)]
+    agents = [Program(["-c", MAKE, path], cwd=tmp_path, env=torchrun.environment()) for path in ready]
+    torchrun.wait_until(lambda: all(path.exists() for path in ready), "all to be ready")
     (tmp_path / "go").touch()
-    made = [agent.communicate(timeout=torchrun.TIMEOUT)[0].split() for agent in agents]
+    made = [agent.communicate(torchrun.TIMEOUT)[0].split() for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0, 0]
     names = [name for part in made for name in part]
     assert sorted(names) == sorted(["digits", *(f"digits-{k}" for k in range(2, 61))])

@@ -42,7 +42,7 @@ step = MetaTrainer.step
 
 def slow(self):
     if os.environ["TORCHELASTIC_RESTART_COUNT"] != "2":
-        time.sleep(0.1)
+        time.sleep(0.05)
     return step(self)
 
 MetaTrainer.step = slow
@@ -58,6 +58,7 @@ if os.environ["RANK"] == "1":
     run_folder.__version__ = "0.0.1"
 sys.exit(train_optimizer.main())
 """
+UNTRACKED = ["--wandb", "disabled"]
 ENDLESS = ["--trainer.outer-steps", "100000", "--trainer.validation-every", "0"]
 
 
@@ -72,7 +73,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    done = torchrun.run(torchrun.command(2, SCRIPT, "--config", "small.yaml"), folder)
+    done = torchrun.run(torchrun.command(2, SCRIPT, "--config", "small.yaml"), folder, anew=True)
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "small", done
 
@@ -111,7 +112,7 @@ def test_the_first_rank_alone_speaks_and_writes(undisturbed):
 
 def test_as_one_process(undisturbed, folder, monkeypatch):
     run, _ = undisturbed
-    assert in_process(monkeypatch, folder, "--config", "small.yaml", "--run-dir", "alone", "--wandb", "disabled") == 0
+    assert in_process(monkeypatch, folder, "--config", "small.yaml", "--run-dir", "alone", *UNTRACKED) == 0
     alone, two = final_state(folder / "alone"), final_state(run)
     assert alone["totals"] == two["totals"]
     for name, value in alone["theta"].items():
@@ -119,7 +120,7 @@ def test_as_one_process(undisturbed, folder, monkeypatch):
 
 
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(undisturbed, folder):
-    command = torchrun.command(2, "slow.py", "--config", "small.yaml", restarts=2)
+    command = torchrun.command(2, "slow.py", "--config", "small.yaml", *UNTRACKED, restarts=2)
     with torchrun.started(command, folder) as process:
         run = folder / "runs" / "small-2"
         torchrun.wait_until(lambda: (run / "config.yaml").exists() or process.poll() is not None, "the folder")
@@ -137,9 +138,8 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(undisturbed, folder)
 
 
 def test_a_signal_stops_all_ranks_after_the_same_step_and_one_process_goes_on(undisturbed, folder, monkeypatch):
-    with torchrun.started(
-        torchrun.command(2, "slow.py", "--config", "small.yaml", "--run-dir", "stopped"), folder
-    ) as it:
+    arguments = ["--config", "small.yaml", "--run-dir", "stopped", *UNTRACKED]
+    with torchrun.started(torchrun.command(2, "slow.py", *arguments), folder) as it:
         run = folder / "stopped"
         torchrun.wait_until(lambda: newest(run) >= 3 or it.poll() is not None, "a checkpoint")
         ranks = torchrun.ranks_of(it.pid)
@@ -149,7 +149,7 @@ def test_a_signal_stops_all_ranks_after_the_same_step_and_one_process_goes_on(un
     stopped_at = int(out.split("stopped at outer step ")[1].split(";")[0])
     assert stopped_at == newest(run) < 60
     torchrun.wait_until(lambda: not any(map(torchrun.is_running, ranks)), "the ranks to end", 30)
-    assert in_process(monkeypatch, folder, "--resume", "stopped", "--wandb", "disabled") == 0
+    assert in_process(monkeypatch, folder, "--resume", "stopped", *UNTRACKED) == 0
     for name, value in final_state(undisturbed[0])["theta"].items():
         assert torch.allclose(final_state(run)["theta"][name], value, rtol=1e-4, atol=1e-5)
 
@@ -168,7 +168,7 @@ def test_ranks_that_differ_are_refused(folder):
 
 
 def test_nobody_stays_when_torchrun_is_killed_and_two_runs_do_not_share_a_folder(folder):
-    arguments = ["--config", "small.yaml", "--run-dir", "orphans", *ENDLESS]
+    arguments = ["--config", "small.yaml", "--run-dir", "orphans", *UNTRACKED, *ENDLESS]
     with torchrun.started(torchrun.command(2, SCRIPT, *arguments), folder) as first:
         torchrun.wait_until(lambda: newest(folder / "orphans") >= 3 or first.poll() is not None, "a checkpoint")
         ranks = torchrun.ranks_of(first.pid)
@@ -183,7 +183,8 @@ def test_nobody_stays_when_torchrun_is_killed_and_two_runs_do_not_share_a_folder
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_start_leaves_nobody(folder, number):
-    with torchrun.started(torchrun.command(2, SCRIPT, "--config", "small.yaml", "--run-dir", "start"), folder) as it:
+    command = torchrun.command(2, SCRIPT, "--config", "small.yaml", "--run-dir", "start")
+    with torchrun.started(command, folder, anew=True) as it:
         torchrun.wait_until(lambda: len(torchrun.ranks_of(it.pid)) == 2, "the ranks")
         ranks = torchrun.ranks_of(it.pid)
         it.send_signal(number)

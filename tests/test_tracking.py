@@ -7,11 +7,11 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,16 +27,7 @@ def run_script(script: str, folder: Path, *, expect: int = 0) -> dict[str, Any]:
     """Run a script where nobody can answer a question; returns the JSON of its last line, and "stderr", "stdout"."""
     home = folder / "home"
     home.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=folder,
-        env=clean_environment(home),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = fork_server.run("-c", script, cwd=folder, env=clean_environment(home))
     assert done.returncode == expect, done.stderr
     lines = done.stdout.splitlines()
     result = json.loads(lines[-1]) if lines else {}

@@ -1,4 +1,8 @@
-"""Starts programs under torchrun, each in a session of its own, of which nothing may be left."""
+"""Starts programs under torchrun, of which nothing may be left.
+
+torchrun and its ranks are forked from a process that has imported torch (tests/fork_server.py). `anew` starts Python
+itself, for what happens while it imports.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from fork_server import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 240
@@ -27,28 +33,27 @@ def environment(**values: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def started(command: list[str], folder: Path, **values: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    command: list[str], folder: Path, anew: bool = False, **values: str
+) -> Iterator[Program | subprocess.Popen[str]]:
     """The program, running; whatever is left of it at the end is killed."""
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment(**values),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process: Program | subprocess.Popen[str]
+    if anew:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=folder, env=environment(**values), **pipes)
+    else:
+        process = Program(command[1:], cwd=folder, env=environment(**values))
     try:
         yield process
     finally:
         for pid in [*ranks_of(process.pid), process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=TIMEOUT)
 
 
-def run(command: list[str], folder: Path, **values: str) -> subprocess.CompletedProcess[str]:
-    with started(command, folder, **values) as process:
+def run(command: list[str], folder: Path, anew: bool = False, **values: str) -> subprocess.CompletedProcess[str]:
+    with started(command, folder, anew, **values) as process:
         out, err = process.communicate(timeout=TIMEOUT)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 

@@ -13,7 +13,6 @@ import math
 from typing import Any
 
 import torch
-from torch.utils.benchmark import Timer
 
 from learned_opt.artifact import Artifact
 from learned_opt.evaluation.baselines import Baseline
@@ -98,5 +97,7 @@ def measure(candidate: Baseline | Artifact, setting: Setting, *, seconds: float 
 
 
 def _median_seconds(statement: str, names: dict[str, Any], seconds: float) -> float:
+    from torch.utils.benchmark import Timer  # brings setuptools along, which few runs have a use for
+
     timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
     return float(timer.blocked_autorange(min_run_time=seconds).median)

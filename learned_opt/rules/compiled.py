@@ -80,19 +80,31 @@ class CompiledRule(UpdateRule):
         d_update: torch.Tensor,
         d_state: Tensors,
     ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
-        """See `UpdateRule.vjp`; the network is the kernel's, the few numbers a coordinate before it autograd's."""
+        """See `UpdateRule.vjp`; what is before the network, a few numbers a coordinate, is left to autograd."""
+        weights = {name: theta[name] for name in self.names}
         kernel = self.native_kernel(theta)
-        if kernel is None:
+        if kernel is None and type(self).torch_network_vjp is CompiledRule.torch_network_vjp:
             return super().vjp(theta, grads, params, state, d_update, d_state)
         grads = grads.detach().requires_grad_()
         averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in ("hidden", "cell")}
         with torch.enable_grad():
             rows, after, active = self.native_rows(grads, averages)
         d_before = {name: d_state[name] for name in ("hidden", "cell")}
-        weights = native.flatten(theta, self.names)
-        flat, d_rows = kernel.vjp(
-            weights, self.native_inputs, self.native_scale, rows.detach(), active, state, d_update, d_before
-        )
+        with torch.no_grad():
+            if kernel is None:
+                d_theta, d_rows = self.torch_network_vjp(weights, rows.detach(), active, state, d_update, d_before)
+            else:
+                flat, d_rows = kernel.vjp(
+                    native.flatten(theta, self.names),
+                    self.native_inputs,
+                    self.native_scale,
+                    rows.detach(),
+                    active,
+                    state,
+                    d_update,
+                    d_before,
+                )
+                d_theta = native.unflatten(flat, self.names, theta)
         d_grads, *d_averages = torch.autograd.grad(
             [rows, *after.values()],
             [grads, *averages.values()],
@@ -101,5 +113,28 @@ class CompiledRule(UpdateRule):
             materialize_grads=True,
         )
         d_all = {**d_before, **dict(zip(averages, d_averages))}
-        d_theta = native.unflatten(flat, self.names, theta)
         return d_theta, d_grads, torch.zeros_like(params), {name: d_all[name] for name in state}
+
+    def torch_network_vjp(
+        self,
+        theta: Tensors,
+        rows: torch.Tensor,
+        active: torch.Tensor,
+        state: Tensors,
+        d_update: torch.Tensor,
+        d_before: Tensors,
+    ) -> tuple[Tensors, torch.Tensor]:
+        """The network's part of `vjp` without a kernel; a rule that has none gets autograd through `update`.
+
+        Args:
+            theta: the rule's weights.
+            rows: what the network is given, [rows, n].
+            active: which coordinates may move, [n].
+            state: rule state before the step.
+            d_update: cotangent of the update, [n].
+            d_before: those of "hidden" and "cell" after the step, overwritten with those before it.
+
+        Returns:
+            Derivatives with respect to theta and rows.
+        """
+        raise NotImplementedError

@@ -3,7 +3,8 @@
 They give the same numbers as `UpdateRule.update` to rounding; that stays the definition, and tests hold these to it.
 
 For the LSTM, each layer is one matrix product into a reused block of gates (the bias is a column of the weights,
-against a row of ones), and everything elementwise happens where the numbers already are. Chunks of some 3,000
+against a row of ones), and everything elementwise happens where the numbers already are; tanh(x) is 2σ(2x) − 1, as in
+`lstm_torch`. Chunks of some 3,000
 coordinates of a 2x20 LSTM stay in a core's cache.
 """
 
@@ -18,6 +19,7 @@ from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
 from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.features import NUM_FEATURES, bias_correction, log_and_sign
 from learned_opt.rules.lstm import LSTMRule
+from learned_opt.rules.lstm_torch import doubled_candidates
 from learned_opt.task import Tensors
 
 Scratch = dict[str, torch.Tensor]
@@ -130,18 +132,18 @@ def _lstm_update_(
         # ELU as max(x, exp(min(x, 0)) − 1): torch's own takes twice as long.
         negative = torch.clamp_max(below, 0, out=scratch["elu"]).exp_().sub_(1)
         torch.maximum(below, negative, out=below)
-    gates = scratch["gates"]
+    gates, minus_one = scratch["gates"], scratch["minus one"]
     i, f, o, candidate = gates.view(4, size, n).unbind(0)
     for layer in range(c.num_layers):
         joined, hidden, cell = scratch[f"joined.{layer}"], state["hidden"][layer], state["cell"][layer]
         joined[-size - 1 : -1] = hidden
-        torch.mm(scratch[f"lstm.{layer}"], joined, out=gates)
-        gates[: 3 * size].sigmoid_()
-        candidate.tanh_()
+        torch.mm(scratch[f"lstm.{layer}"], joined, out=gates).sigmoid_()
+        torch.add(minus_one, candidate, alpha=2, out=candidate)  # tanh
         cell.mul_(f).addcmul_(i, candidate)
         last = layer + 1 == c.num_layers
         above = scratch["top"][:-1] if last else scratch[f"joined.{layer + 1}"][:size]
-        torch.tanh(cell, out=above).mul_(o)
+        torch.add(cell, cell, out=above).sigmoid_()
+        torch.add(minus_one, above, alpha=2, out=above).mul_(o)
         hidden.copy_(above)
     update = torch.mm(scratch["output"], scratch["top"], out=scratch["update"])[0]
     if c.output_tanh:
@@ -182,10 +184,11 @@ def _allocate(rule: LSTMRule, theta: Tensors, n: int, scratch: Scratch) -> None:
         scratch["elu"] = like.new_empty(c.dense_units, n)
         width = c.dense_units
     for layer in range(c.num_layers):
-        scratch[f"lstm.{layer}"] = with_bias(f"lstm.{layer}")
+        scratch[f"lstm.{layer}"] = doubled_candidates(theta, layer)
         scratch[f"joined.{layer}"] = ending_in_ones(width + size)
         width = size
     scratch["output"] = with_bias("output")
     scratch["top"] = ending_in_ones(size)
+    scratch["minus one"] = like.new_full((), -1.0)
     scratch["gates"] = like.new_empty(4 * size, n)
     scratch["update"] = like.new_empty(1, n)

@@ -5,9 +5,8 @@ ELU, then through stacked LSTM layers; a linear read-out gives the update. Rows 
 coordinates. A layer's four gates are one block of rows in the order input, forget, output, candidate, so
 that one matrix product computes them and one sigmoid covers three of them.
 
-`torch_backward` is back-propagation through time written out by hand: it keeps the activated gates of a chunk's run and
-needs no autograd graph. Where a kernel compiled for this machine can be had (`compiled`), it does the same. Tests hold
-both to autograd.
+The ways back, through a truncation and through one step, are written out by hand (`lstm_torch`). Where a kernel
+compiled for this machine can be had (`compiled`), it does the same. Tests hold both to autograd.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from learned_opt.rules import native
-from learned_opt.rules.base import RuleConfig
+from learned_opt.rules import lstm_torch, native
+from learned_opt.rules.base import RuleConfig, fitting_chunk
 from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
 from learned_opt.task import Tensors
@@ -168,117 +167,41 @@ class LSTMRule(CompiledRule):
         self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
     ) -> Tensors:
         with torch.no_grad():
-            tape = self._replay(theta, grads, state)
+            inputs = grads.new_empty(len(grads), NUM_FEATURES, grads.shape[1])
+            active = torch.empty_like(grads, dtype=torch.bool)
+            averages = state
+            for t, grad in enumerate(grads):
+                inputs[t], averages, active[t] = self.native_rows(grad, averages)
+            tape = lstm_torch.run(theta, inputs, state["hidden"], state["cell"])
             # The derivative with respect to update t collects every later loss: p_{s+1} contains update t for all
             # s ≥ t.
             cotangents = loss_grads.flip(0).cumsum(0).flip(0)
-            return self._backward_through_time(theta, tape, cotangents)
+            d_out = cotangents * self.config.output_scale * active
+            end = (torch.zeros_like(state["hidden"]), torch.zeros_like(state["cell"]))
+            return lstm_torch.backward(theta, tape, d_out, self.config.output_tanh, *end, wants_inputs=False)[0]
 
-    def _replay(self, theta: Tensors, grads: torch.Tensor, state: Tensors) -> _Tape:
-        """Run the steps again, keeping each step's joined inputs, activated gates and cells."""
-        c, (num_steps, n) = self.config, grads.shape
-        size = c.hidden_size
-        features = []
-        active = torch.empty(num_steps, n, dtype=torch.bool, device=grads.device)
-        part = state
-        for t in range(num_steps):
-            row, part, active[t] = self.native_rows(grads[t], part)
-            features.append(row)
-        inputs = torch.stack(features)
-        dense = None
-        if c.dense_units:
-            dense = F.elu_(torch.matmul(theta["dense.weight"], inputs).add_(theta["dense.bias"][:, None]))
-        below = inputs if dense is None else dense
-        joined, gates, cells = [], [], []
-        for layer in range(c.num_layers):
-            weight, bias = theta[f"lstm.{layer}.weight"], theta[f"lstm.{layer}.bias"][:, None]
-            width = below.shape[1]
-            joint = grads.new_empty(num_steps + 1, width + size, n)
-            joint[:num_steps, :width] = below
-            joint[0, width:] = state["hidden"][layer]
-            gate = grads.new_empty(num_steps, 4 * size, n)
-            cell = grads.new_empty(num_steps + 1, size, n)
-            cell[0] = state["cell"][layer]
-            for t in range(num_steps):
-                torch.addmm(bias, weight, joint[t], out=gate[t])
-                gate[t, : 3 * size].sigmoid_()
-                gate[t, 3 * size :].tanh_()
-                i, f, o, candidate = gate[t].view(4, size, n).unbind(0)
-                torch.mul(f, cell[t], out=cell[t + 1]).addcmul_(i, candidate)
-                torch.tanh(cell[t + 1], out=joint[t + 1, width:]).mul_(o)
-            joined.append(joint)
-            gates.append(gate)
-            cells.append(cell)
-            below = joint[1:, width:]
-        return _Tape(inputs, dense, active, joined, gates, cells)
-
-    def _backward_through_time(self, theta: Tensors, tape: _Tape, cotangents: torch.Tensor) -> Tensors:
-        c, (num_steps, n) = self.config, cotangents.shape
-        size = c.hidden_size
-        out: Tensors = {}
-        top = tape.joined[-1][1:, -size:]
-        d_out = cotangents * c.output_scale * tape.active
-        if c.output_tanh:
-            y = torch.matmul(theta["output.weight"], top)[:, 0].add_(theta["output.bias"])
-            d_out = torch.ops.aten.tanh_backward(d_out, y.tanh_())
-        out["output.bias"] = d_out.sum().view(1)
-        out["output.weight"] = sum((top[t] @ d_out[t] for t in range(num_steps)), d_out.new_zeros(size)).view(1, size)
-        # The derivative with respect to what each layer puts out, before its own recurrent part: [steps, size, n].
-        d_above = theta["output.weight"].view(size, 1) * d_out[:, None]
-        for layer in reversed(range(c.num_layers)):
-            weight = theta[f"lstm.{layer}.weight"]
-            joint, gate, cell = tape.joined[layer], tape.gates[layer], tape.cells[layer]
-            width = joint.shape[1] - size
-            d_weight = torch.zeros_like(weight)
-            d_bias = torch.zeros_like(theta[f"lstm.{layer}.bias"])
-            wants_inputs = layer > 0 or c.dense_units > 0
-            d_below = d_out.new_empty(num_steps, width, n) if wants_inputs else None
-            back = weight.t() if wants_inputs else weight[:, width:].t()
-            d_hidden = d_out.new_zeros(size, n)
-            d_cell = d_out.new_zeros(size, n)
-            dz = d_out.new_empty(4, size, n)
-            for t in reversed(range(num_steps)):
-                i, f, o, candidate = gate[t].view(4, size, n).unbind(0)
-                d_hidden = d_hidden.add_(d_above[t])
-                tanh_cell = cell[t + 1].tanh()
-                torch.mul(d_hidden, tanh_cell, out=dz[2])
-                d_cell.add_(torch.ops.aten.tanh_backward(d_hidden.mul_(o), tanh_cell))
-                torch.mul(d_cell, candidate, out=dz[0])
-                torch.mul(d_cell, cell[t], out=dz[1])
-                torch.mul(d_cell, i, out=dz[3])
-                d_cell.mul_(f)
-                sigmoids = dz[:3].view(3 * size, n)
-                torch.ops.aten.sigmoid_backward.grad_input(sigmoids, gate[t, : 3 * size], grad_input=sigmoids)
-                torch.ops.aten.tanh_backward.grad_input(dz[3], candidate, grad_input=dz[3])
-                flat = dz.view(4 * size, n)
-                d_weight.addmm_(flat, joint[t].t())
-                d_bias.add_(flat.sum(1))
-                d_joint = back @ flat
-                if d_below is not None:
-                    d_below[t] = d_joint[:width]
-                    d_hidden = d_joint[width:]
-                else:
-                    d_hidden = d_joint
-            out[f"lstm.{layer}.weight"], out[f"lstm.{layer}.bias"] = d_weight, d_bias
-            if d_below is not None:
-                d_above = d_below
-        if tape.dense is not None:
-            d_dense = torch.ops.aten.elu_backward(d_above, 1.0, 1.0, 1.0, True, tape.dense)
-            out["dense.bias"] = d_dense.sum((0, 2))
-            out["dense.weight"] = torch.matmul(d_dense, tape.inputs.transpose(1, 2)).sum(0)
-        return {name: out[name] for name in theta}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tape:
-    """What `backward` keeps of a run.
-
-    Inputs [steps, 2, n], dense [steps, units, n] or None, active [steps, n], and per layer
-    joined inputs [steps + 1, width + hidden, n], activated gates [steps, 4 hidden, n], cells [steps + 1, hidden, n]."""
-
-    inputs: torch.Tensor
-    dense: torch.Tensor | None
-    active: torch.Tensor
-    joined: list[torch.Tensor]
-    gates: list[torch.Tensor]
-    cells: list[torch.Tensor]
+    def torch_network_vjp(
+        self,
+        theta: Tensors,
+        rows: torch.Tensor,
+        active: torch.Tensor,
+        state: Tensors,
+        d_update: torch.Tensor,
+        d_before: Tensors,
+    ) -> tuple[Tensors, torch.Tensor]:
+        d_out = d_update * self.config.output_scale * active
+        total = {name: torch.zeros_like(value) for name, value in theta.items()}
+        d_rows = torch.empty_like(rows)
+        size = fitting_chunk(self)
+        for start in range(0, len(d_out), size):
+            part = slice(start, start + size)
+            tape = lstm_torch.run(theta, rows[None, :, part], state["hidden"][..., part], state["cell"][..., part])
+            end = (d_before["hidden"][..., part], d_before["cell"][..., part])
+            found, d_part = lstm_torch.backward(
+                theta, tape, d_out[None, part], self.config.output_tanh, *end, wants_inputs=True
+            )
+            assert d_part is not None
+            d_rows[:, part] = d_part[0]
+            for name, value in found.items():
+                total[name] += value
+        return total, d_rows

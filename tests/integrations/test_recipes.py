@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 from optimizer_cases import artifact_of
@@ -93,13 +92,7 @@ def test_recipe_on_two_ranks(title, folder):
     prelude = PRELUDE + "import copy\nuntouched = copy.deepcopy(model)\n"
     Path("recipe.py").write_text(prelude + code, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "recipe.py"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "recipe.py"]
+    done = fork_server.run(*launch, cwd=folder, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ranks agree") == 2

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import torchrun
 from optimizer_cases import artifact_of, assert_same, copies, train
 from torch import nn
 
 from learned_opt import LearnedOptimizer, save_artifact
 
-ROOT = Path(__file__).parents[2]
 WEIGHTS = artifact_of("rnnprop")
 
 
@@ -184,26 +179,8 @@ dist.destroy_process_group()
 def test_fsdp2_checkpoint_across_numbers_of_ranks(tmp_path):
     save_artifact(tmp_path / "net.safetensors", WEIGHTS.rule, WEIGHTS.theta)
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     for action, num_ranks in (("save", 2), ("load", 1)):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={num_ranks}",
-                "script.py",
-                action,
-            ],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
+        done = torchrun.run(torchrun.command(num_ranks, "script.py", action), tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
     reference = network()
     optimizer = LearnedOptimizer(reference.parameters(), WEIGHTS)
