@@ -223,7 +223,9 @@ def device_report(names: list[str], models: list[str], device: torch.device, rep
 def main() -> None:
     """Print the table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rule", nargs="+", default=["compact", "mixture", "rnnprop", "l2l"], choices=sorted(rules.RULES))
+    parser.add_argument(
+        "--rule", nargs="+", default=["compact", "mixture", "rnnprop", "l2l"], choices=sorted(rules.RULES)
+    )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", help="such as cuda; time whole models' parameters there")

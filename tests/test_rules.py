@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from learned_opt import rules
-from learned_opt.rules import UpdateRule, chunked_update, slice_coordinates
+from learned_opt.rules import UpdateRule, chunked_update, lstm_torch, slice_coordinates
 from learned_opt.rules.features import log_and_sign, normalized
 
 RULES = list(rules.RULES)
@@ -236,6 +236,19 @@ def test_one_step_back_equals_autograd(rule):
         for one, other in zip(got, want):  # without memory, autograd has no derivative for the step count
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, equal_nan=True)
         state = rule.update(theta, grad, torch.zeros_like(grad), state)[1]
+
+
+def test_memory_first_used_in_inference_mode_serves_outside_of_it():
+    lstm_torch._kept.numbers.clear()
+    rule = rules.get("compact")
+    theta = rule.init_theta(torch.Generator().manual_seed(0))
+    theta = {name: value.double() for name, value in theta.items()}
+    state, grads = rule.init_state(N, dtype=torch.float64), grads_of()
+    arguments = (theta, grads, torch.zeros(N, dtype=torch.float64), state, grads)
+    with torch.inference_mode():
+        first = {name: value.clone() for name, value in rule.backward(*arguments).items()}
+    second = rule.backward(*arguments)
+    assert all(torch.equal(second[name], value) and value.abs().max() > 0 for name, value in first.items())
 
 
 def test_backward_equals_finite_differences(rule):

@@ -53,7 +53,8 @@ def _buffers(like: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torc
     flat = _kept.numbers.get(like.dtype)
     if flat is None or len(flat) < sum(sizes):
         _kept.numbers.pop(like.dtype, None)
-        flat = _kept.numbers[like.dtype] = like.new_empty(sum(sizes))
+        with torch.inference_mode(False):  # it may be written into outside of the mode that it is first needed in
+            flat = _kept.numbers[like.dtype] = torch.empty(sum(sizes), dtype=like.dtype)
     parts = flat[: sum(sizes)].split(sizes)
     return [part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes)]
 
