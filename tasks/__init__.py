@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from learned_opt.task import TaskFamily
-from tasks.analytic import Ackley, Plateau, Rastrigin, Rosenbrock, Saddle
+from tasks.analytic import Ackley, Griewank, Levy, Plateau, Powell, Rastrigin, Rosenbrock, Saddle
 from tasks.augment import (
     ConvexMixing,
     DelayedGradients,
     GradientNoise,
+    LossOffset,
     LossScaling,
     Reparametrized,
     SmallerBatches,
@@ -32,7 +33,15 @@ from tasks.forecasting import Forecasting
 from tasks.image_autoencoder import ImageAutoencoder
 from tasks.image_conv import ImageConv
 from tasks.image_mlp import ImageMLP
-from tasks.linear import Lasso, LogisticRegression, MatrixFactorization, SpectrumQuadratic
+from tasks.linear import (
+    Lasso,
+    LogisticRegression,
+    MatrixFactorization,
+    RobustRegression,
+    SoftmaxRegression,
+    SpectrumQuadratic,
+)
+from tasks.linear_network import LinearNetwork
 from tasks.module import ModuleFamily
 from tasks.omniglot import Omniglot
 from tasks.quadratic import Quadratic
@@ -40,7 +49,7 @@ from tasks.recommendation import Recommendation
 from tasks.sampled import SampledMLP, sample_families
 from tasks.sinusoid import Sinusoid
 from tasks.tabular import Tabular
-from tasks.text import CharRNN, CharTransformer
+from tasks.text import CharMLP, CharRNN, CharTransformer
 from tasks.user_ratings import UserRatings
 
 __all__ = ["FAMILIES", "GroupedData", "ModuleFamily", "build", "get", "sample_families"]
@@ -53,16 +62,23 @@ FAMILIES: dict[str, type[TaskFamily]] = {
         Rosenbrock,
         Ackley,
         Rastrigin,
+        Griewank,
+        Levy,
+        Powell,
         Saddle,
         Plateau,
         Lasso,
+        RobustRegression,
         MatrixFactorization,
+        LinearNetwork,
         LogisticRegression,
+        SoftmaxRegression,
         Tabular,
         ImageMLP,
         SampledMLP,
         ImageConv,
         ImageAutoencoder,
+        CharMLP,
         CharRNN,
         CharTransformer,
         Sinusoid,
@@ -74,6 +90,7 @@ FAMILIES: dict[str, type[TaskFamily]] = {
         CartPole,
         Reparametrized,
         LossScaling,
+        LossOffset,
         GradientNoise,
         DelayedGradients,
         SmallerBatches,

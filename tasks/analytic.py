@@ -149,3 +149,66 @@ class Plateau(TestFunction):
 
     def value(self, z: torch.Tensor) -> torch.Tensor:
         return (z.square() / (1 + z.square())).mean()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Griewank(TestFunction):
+    """A wide bowl with ripples that couple all coordinates: 1 + mean z²/4 − ∏ᵢ cos(10 zᵢ/√i), z = x − center.
+
+    With ten coordinates this is Griewank's function of 10 z. The product counts them from 1. The optimum is 0; there
+    are many local minima. Source: Griewank, 1981.
+    """
+
+    name: ClassVar[str] = "griewank"
+
+    def value(self, z: torch.Tensor) -> torch.Tensor:
+        waves = torch.cos(z * (10 / torch.arange(1, self.dim + 1, dtype=z.dtype, device=z.device).sqrt()))
+        # Halves times halves: the backward pass of `prod` looks for zeros.
+        while len(waves) > 1:
+            half = len(waves) // 2
+            waves = torch.cat([waves[:half] * waves[half : 2 * half], waves[2 * half :]])
+        return 1 + z.square().mean() / 4 - waves[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Powell(TestFunction):
+    """Powell's singular function divided by 100, averaged over quadruples (a, b, c, d) of z = x − center.
+
+    (a + 10 b)² + 5 (c − d)² + (b − 2 c)⁴ + 10 (a − d)⁴, each of four coordinates in a row. The optimum is 0, at z = 0,
+    where half of the Hessian's eigenvalues are 0: along those directions the loss is of fourth order. Source: Powell,
+    1962.
+
+    Attributes:
+        dim: length of x; a multiple of 4.
+    """
+
+    name: ClassVar[str] = "powell"
+    fewest_dims: ClassVar[int] = 4
+    dim: int = 12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dim % 4:
+            raise ValueError(f"dim must be a multiple of 4; got {self.dim}")
+
+    def value(self, z: torch.Tensor) -> torch.Tensor:
+        a, b, c, d = z.reshape(-1, 4).unbind(1)
+        squares = (a + 10 * b).square() + 5 * (c - d).square()
+        return (squares + (b - 2 * c).square().square() + 10 * (a - d).square().square()).mean() / 100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Levy(TestFunction):
+    """A bowl whose ripples grow with the distance: Levy's function of 4 z, divided by `dim`, z = x − center.
+
+    sin² πz₁ + Σ zᵢ² (1 + 10 sin²(πzᵢ + 1)) + z² (1 + sin² 2πz), the sum over all coordinates but the last, the last
+    term of the last. The optimum is 0; there are many local minima. Source: Levy and Montalvo, 1985.
+    """
+
+    name: ClassVar[str] = "levy"
+
+    def value(self, z: torch.Tensor) -> torch.Tensor:
+        first, others, last = z[0], z[:-1], z[-1]
+        ripples = (others.square() * (1 + 10 * torch.sin(math.pi * others + 1).square())).sum()
+        end = last.square() * (1 + torch.sin(2 * math.pi * last).square())
+        return (torch.sin(math.pi * first).square() + ripples + end) / self.dim

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from learned_opt.task import TaskFamily, Tensors, draw_task, generator_for
+from learned_opt.task import TaskFamily, Tensors, draw_batches, draw_task, generator_for
 
 SCOPES = ("global", "tensor", "coordinate")
 
@@ -185,6 +185,57 @@ class LossScaling(Augmentation):
     def query_loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor | None:
         loss = self.family.query_loss(params, task, batch)
         return None if loss is None else task[self._prefix + "scale"] * loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOffset(Augmentation):
+    """The loss less a constant; gradients, and the metrics, are what they were.
+
+    A logarithmic meta-loss asks for the same relative progress everywhere, and where the loss ends far above zero, on
+    noisy labels or in an autoencoder, all that is left to gain is a few hundredths of it. With an offset a little below
+    what can be reached, relative progress is that in what can be gained.
+
+    Attributes:
+        offset: what is taken off; finite.
+        above_optimum: whether the loss at the task's optimum is taken off as well; for families without mini-batches
+            whose tasks have an `optimum`.
+    """
+
+    name: ClassVar[str] = "loss_offset"
+    offset: float = 0.0
+    above_optimum: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.offset):
+            raise ValueError(f"offset must be finite; got {self.offset}")
+        if self.above_optimum and not hasattr(self.family, "optimum"):
+            raise ValueError(
+                f"above_optimum needs a family whose tasks have a known optimum, which {self.family.describe()} has "
+                "not; give offset a number instead"
+            )
+        if self.above_optimum and draw_batches(self.family, draw_task(self.family, "meta_train", 0)[0], 0, 0, 1):
+            raise ValueError(
+                f"above_optimum needs a loss that no mini-batch changes; {self.family.describe()} draws mini-batches"
+            )
+
+    def sample_task(self, split: str, generator: torch.Generator) -> Tensors:
+        task = self.family.sample_task(split, generator)
+        if not self.above_optimum:
+            return task
+        exact = {n: v.double() if v.is_floating_point() else v for n, v in {**task, **self.shared_data()}.items()}
+        optimum = {n: v.double() for n, v in self.family.optimum(task).items()}  # type: ignore[attr-defined]
+        return {**task, self._prefix + "least": self.family.loss(optimum, exact, {}).float()}
+
+    def _less(self, loss: torch.Tensor, task: Tensors) -> torch.Tensor:
+        return loss - self.offset - (task[self._prefix + "least"] if self.above_optimum else 0.0)
+
+    def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
+        return self._less(self.family.loss(params, task, batch), task)
+
+    def query_loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor | None:
+        loss = self.family.query_loss(params, task, batch)
+        return None if loss is None else self._less(loss, task)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from learned_opt.task import TaskFamily, Tensors
+from tasks.supervised import cross_entropy, with_noise
 
 
 def _at_least(least: int, **counts: int) -> None:
     for name, value in counts.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def _newton(value: Callable[[torch.Tensor], torch.Tensor], solution: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """The minimizer of a strictly convex, non-negative function of a vector; steps that overshoot are halved."""
+    for _ in range(num_steps):
+        hessian = torch.func.jacrev(torch.func.grad(value))(solution)
+        step = torch.linalg.solve(hessian, torch.func.grad(value)(solution))
+        limit, scale = float(value(solution)) * (1 + 1e-13), 1.0  # at the end values differ by rounding alone
+        while float(value(solution - scale * step)) > limit and scale > 1e-9:
+            scale /= 2
+        solution = solution - scale * step
+    return solution
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,6 +148,66 @@ class Lasso(TaskFamily):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RobustRegression(TaskFamily):
+    """Nearly least absolute deviations, with outliers: f(x) = mean over rows of √(r² + delta²) − delta, r = Ax − b.
+
+    That is the pseudo-Huber loss divided by delta. A [num_rows, dim] is N(0, 1/dim); b = A x* with x* N(0, 1), plus
+    N(0, 5²) in a tenth of the rows, drawn independently. x, "x" [dim], starts at N(0, 1). The loss is convex, and its
+    gradient turns within some delta of a row's residual 0. `optimum` solves a task by Newton's method on widths that
+    fall to delta. Source of the loss: Charbonnier et al., 1997.
+
+    Attributes:
+        num_rows: at least `dim`.
+        dim: unknowns; at least 1.
+        delta: width of the rounded corner of |r|; positive and finite.
+    """
+
+    name: ClassVar[str] = "robust_regression"
+    num_rows: int = 60
+    dim: int = 20
+    delta: float = 0.01
+
+    def __post_init__(self) -> None:
+        _at_least(1, dim=self.dim)
+        if self.num_rows < self.dim:
+            raise ValueError(f"num_rows must be at least dim ({self.dim}); got {self.num_rows}")
+        if not 0 < self.delta < math.inf:
+            raise ValueError(f"delta must be positive and finite; got {self.delta}")
+
+    def sample_task(self, split: str, generator: torch.Generator) -> Tensors:
+        a = torch.randn(self.num_rows, self.dim, generator=generator) / math.sqrt(self.dim)
+        outliers = 5 * torch.randn(self.num_rows, generator=generator)
+        hit = torch.rand(self.num_rows, generator=generator) < 0.1
+        return {"a": a, "b": a @ torch.randn(self.dim, generator=generator) + outliers * hit}
+
+    def init_params(self, task: Tensors, generator: torch.Generator) -> Tensors:
+        return {"x": torch.randn(self.dim, generator=generator)}
+
+    def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
+        return self._mean(task["a"] @ params["x"] - task["b"], self.delta)
+
+    @staticmethod
+    def _mean(residuals: torch.Tensor, delta: float) -> torch.Tensor:
+        squares = residuals.square()
+        return (squares / ((squares + delta**2).sqrt() + delta)).mean()  # nothing is lost where residuals are small
+
+    def optimum(self, task: Tensors, num_steps: int = 10) -> Tensors:
+        """The minimizer, in float64, to about 1e-10 in the gradient; `num_steps` is for each width."""
+        a, b = task["a"].double(), task["b"].double()
+        x = torch.linalg.lstsq(a, b[:, None]).solution[:, 0]
+
+        def mean(delta: float, x: torch.Tensor) -> torch.Tensor:
+            return self._mean(a @ x - b, delta)
+
+        delta = max(self.delta, float((a @ x - b).abs().max()))
+        while True:
+            x = _newton(functools.partial(mean, delta), x, num_steps)
+            if delta == self.delta:
+                return {"x": x}
+            delta = max(self.delta, delta / 3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixFactorization(TaskFamily):
     """Mean squared error of U Vᵀ against a matrix of that rank: f(U, V) = mean (U Vᵀ − M)²; its optimum is 0.
 
@@ -238,3 +313,62 @@ class LogisticRegression(TaskFamily):
 
     def _value(self, solution: torch.Tensor, points: torch.Tensor) -> float:
         return float(F.softplus(-points @ solution).mean() + 0.5 * self.weight_decay * solution.square().sum())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftmaxRegression(TaskFamily):
+    """Regularized multinomial logistic regression of generated points, all of them at every step.
+
+    f(W, b) = mean cross-entropy of the scores xW + b + ½ weight_decay (|W|² + |b|²). Points x are N(0, I) [num_rows,
+    dim]; the class is the largest of xW*, with W* N(0, 1) [dim, num_classes], replaced by a uniformly drawn one for a
+    tenth of the points. W and b, "weight" [dim, num_classes] and "bias" [num_classes], start at N(0, init_scale²).
+    The problem is strongly convex; `optimum` solves it by Newton's method.
+
+    Attributes:
+        num_classes: at least 2.
+        dim: coordinates of a point; at least 1.
+        num_rows: points of a task; at least 2.
+        weight_decay: positive.
+        init_scale: see above; positive.
+    """
+
+    name: ClassVar[str] = "softmax_regression"
+    num_classes: int = 4
+    dim: int = 10
+    num_rows: int = 80
+    weight_decay: float = 1e-3
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least(2, num_classes=self.num_classes, num_rows=self.num_rows)
+        _at_least(1, dim=self.dim)
+        if not self.weight_decay > 0:
+            raise ValueError(f"weight_decay must be positive; got {self.weight_decay}")
+        if not self.init_scale > 0:
+            raise ValueError(f"init_scale must be positive; got {self.init_scale}")
+
+    def sample_task(self, split: str, generator: torch.Generator) -> Tensors:
+        points = torch.randn(self.num_rows, self.dim, generator=generator)
+        right = (points @ torch.randn(self.dim, self.num_classes, generator=generator)).argmax(1)
+        return {"points": points, "classes": with_noise(right, self.num_classes, 0.1, generator)}
+
+    def init_params(self, task: Tensors, generator: torch.Generator) -> Tensors:
+        return {
+            "weight": torch.randn(self.dim, self.num_classes, generator=generator) * self.init_scale,
+            "bias": torch.randn(self.num_classes, generator=generator) * self.init_scale,
+        }
+
+    def loss(self, params: Tensors, task: Tensors, batch: Tensors) -> torch.Tensor:
+        penalty = params["weight"].square().sum() + params["bias"].square().sum()
+        scores = task["points"] @ params["weight"] + params["bias"]
+        return cross_entropy(scores, task["classes"]) + 0.5 * self.weight_decay * penalty
+
+    def optimum(self, task: Tensors, num_steps: int = 30) -> Tensors:
+        """The minimizer, in float64, to about 1e-10 in the gradient."""
+        exact = {"points": task["points"].double(), "classes": task["classes"]}
+
+        def split(flat: torch.Tensor) -> Tensors:
+            return {"weight": flat[self.num_classes :].view(self.dim, -1), "bias": flat[: self.num_classes]}
+
+        start = torch.zeros((self.dim + 1) * self.num_classes, dtype=torch.float64)
+        return split(_newton(lambda flat: self.loss(split(flat), exact, {}), start, num_steps))

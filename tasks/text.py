@@ -1,4 +1,4 @@
-"""Character-level language models: a recurrent network and a small transformer, on text that is always there.
+"""Character-level language models, feed-forward, recurrent and a small transformer, on text that is always there.
 
 A batch is a number of windows of the text; each character is predicted from those before it in the window. Recurrences
 are written out, since PyTorch's own layers cannot be batched over tasks.
@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from learned_opt.task import TaskFamily, Tensors, check_split
+from tasks.activations import ACTIVATIONS
 from tasks.data.text import NUM_CHARACTERS, load_text
 from tasks.supervised import check_label_noise, cross_entropy, with_noise
 
@@ -98,6 +99,53 @@ class CharacterModel(TaskFamily):
 def _matrix(generator: torch.Generator, *shape: int, gain: float = 1.0) -> torch.Tensor:
     """N(0, gain²/fan_in), fan_in being the first dimension."""
     return torch.randn(*shape, generator=generator) * (gain / math.sqrt(shape[0]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CharMLP(CharacterModel):
+    """A feed-forward character model: the last few characters, embedded side by side, and one hidden layer.
+
+    Parameters are "embedding" [96, embedding], "input" [context · embedding, hidden], whose rows begin with those of
+    the earliest character, "bias" [hidden], "output" [hidden, 96] and "output_bias" [96]. Where the context reaches
+    beyond the start of the window, zeros stand for embeddings. Source: Bengio, Ducharme, Vincent and Jauvin, 2003,
+    without the direct connections from embeddings to scores.
+
+    Attributes:
+        context: how many characters, the present one included, a prediction sees; at least 1.
+        embedding: numbers that stand for a character; at least 1.
+        hidden: width of the hidden layer; at least 1.
+        activation: one of `tasks.activations.ACTIVATIONS`.
+    """
+
+    name: ClassVar[str] = "char_mlp"
+    context: int = 4
+    embedding: int = 8
+    hidden: int = 32
+    activation: str = "tanh"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("context", "embedding", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+
+    def init_params(self, task: Tensors, generator: torch.Generator) -> Tensors:
+        return {
+            "embedding": torch.randn(NUM_CHARACTERS, self.embedding, generator=generator),
+            "input": _matrix(generator, self.context * self.embedding, self.hidden),
+            "bias": torch.zeros(self.hidden),
+            "output": _matrix(generator, self.hidden, NUM_CHARACTERS),
+            "output_bias": torch.zeros(NUM_CHARACTERS),
+        }
+
+    def logits(self, params: Tensors, characters: torch.Tensor) -> torch.Tensor:
+        length = characters.shape[1]
+        padded = F.pad(characters @ params["embedding"], (0, 0, self.context - 1, 0))
+        seen = torch.cat([padded[:, k : k + length] for k in range(self.context)], dim=-1)
+        hidden = ACTIVATIONS[self.activation](seen @ params["input"] + params["bias"])
+        return hidden @ params["output"] + params["output_bias"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,72 @@ def test_loss_scaling():
         torch.testing.assert_close(family.loss(params, task, {}), scale * inner.loss(params, task, {}))
 
 
+def test_loss_offset_leaves_gradients_and_metrics_what_they_are():
+    inner, family = tasks.get(**DIGITS), tasks.get("loss_offset", family=DIGITS, offset=0.75)
+    for seed in SEEDS[:5]:
+        params, task, batch = drawn(family, seed)
+        torch.testing.assert_close(family.loss(params, task, batch), inner.loss(params, task, batch) - 0.75)
+        got, want = grad(family.loss)(params, task, batch), grad(inner.loss)(params, task, batch)
+        assert all(torch.equal(got[n], v) for n, v in want.items())
+        got, want = family.eval_metrics(params, task), inner.eval_metrics(params, task)
+        assert want and all(torch.equal(got[n], v) for n, v in want.items())
+    assert family.query_loss(params, task, batch) is None
+    # So a rule does the same with it, batched, to the bit.
+    runs = []
+    for each in (family, inner):
+        batched, rule = BatchedFamily(each), rules.get("adam", lr=0.01)
+        plan = EpisodePlan(split="meta_train", run_seed=0)
+        particles = start_particles(batched, rule, plan, range(2))
+        losses = unroll(rule, rule.init_theta(torch.Generator()), batched, plan, particles, 12).losses
+        runs.append((losses, particles.params))
+    assert torch.equal(runs[0][1], runs[1][1])
+    torch.testing.assert_close(runs[0][0], runs[1][0] - 0.75)
+
+
+def test_loss_offset_of_what_judges():
+    case = CASES["sinusoid-query"]
+    inner, family = tasks.get(**case), tasks.get("loss_offset", family=case, offset=-0.5)
+    params, task, batch = drawn(family, SEEDS[0])
+    torch.testing.assert_close(family.query_loss(params, task, batch), inner.query_loss(params, task, batch) + 0.5)
+    torch.testing.assert_close(family.loss(params, task, batch), inner.loss(params, task, batch) + 0.5)
+
+
+WITH_OPTIMUM = [
+    label for label in PLAIN if hasattr(tasks.get(**CASES[label]), "optimum") and label != "spectrum_quadratic-noise"
+]
+
+
+@pytest.mark.parametrize("label", WITH_OPTIMUM)
+def test_loss_offset_above_the_optimum_makes_the_loss_there_zero(label):
+    inner = tasks.get(**CASES[label])
+    family = tasks.get("loss_offset", family=inner, offset=0.25, above_optimum=True)
+    for seed in SEEDS[:3]:
+        params, task, _ = drawn(family, seed)
+        best = double(inner.optimum(draw_task(inner, "meta_train", seed)[0]))
+        least = inner.loss(best, task, {})
+        close = dict(rtol=0, atol=1e-6 * max(1.0, float(least)))  # what is taken off is a float32
+        torch.testing.assert_close(family.loss(best, task, {}), torch.full_like(least, -0.25), **close)
+        above = family.loss(params, task, {}) + 0.25
+        torch.testing.assert_close(above, inner.loss(params, task, {}) - least, **close)
+        assert above > -1e-6
+    assert {"lasso", "logistic_regression", "robust_regression", "softmax_regression", "rosenbrock"} <= {*WITH_OPTIMUM}
+
+
+def test_loss_offset_asks_for_an_optimum_that_is_there():
+    for given in ({"name": "quadratic"}, {"name": "reparametrized", "family": {"name": "lasso"}}):
+        text = (
+            rf"above_optimum needs a family whose tasks have a known optimum, which {given['name']}\(.*\) has not; give"
+        )
+        with pytest.raises(ValueError, match=text + " offset a number instead"):
+            tasks.get("loss_offset", family=given, above_optimum=True)
+    noisy = {"name": "spectrum_quadratic", "noise": 0.1}
+    with pytest.raises(
+        ValueError, match=r"needs a loss that no mini-batch changes; spectrum_quadratic\(.*\) draws mini-batches"
+    ):
+        tasks.get("loss_offset", family=noisy, above_optimum=True)
+    assert tasks.get("loss_offset", family=noisy, offset=1.0).offset == 1.0
+
+
 def test_gradient_noise_is_in_the_gradient_alone():
     inner, family = (
         tasks.get("quadratic", dim=30),
@@ -297,16 +363,19 @@ def _initial(wrapper, fields, inner, seed):
         ("gradient_noise", {"std": 0.7}),
         ("delayed_gradients", {"delay": 3}),
         ("loss_scaling", {}),
+        ("loss_offset", {"offset": 1.5}),
         ("convex_mixing", {"dim": 4}),
     ],
 )
 def test_the_loss_at_the_initial_parameters_around_every_family(wrapper, fields, label):
-    """What docs/tasks.md says of it: unchanged, times the task's constant, or plus the convex term."""
+    """What docs/tasks.md says of it: unchanged, times or less a constant, or plus the convex term."""
     for seed in SEEDS[:2]:
         pairs, params, task = _initial(wrapper, fields, CASES[label], seed)
         for got, want in pairs:
             if wrapper == "loss_scaling":
                 want = want * task["loss_scaling0.scale"]
+            if wrapper == "loss_offset":
+                want = want - 1.5
             if wrapper == "convex_mixing":
                 want = want + (params["convex_mixing0.x"] - task["convex_mixing0.target"]).square().sum() / 4
             # Initial parameters are float32, so that p₀/c times c is p₀ to a rounding of each.
@@ -326,6 +395,8 @@ def test_nested_augmentations_keep_their_tensors_apart():
         ("reparametrized", {"log_range": 0.0}, "log_range must be positive and finite; got 0.0"),
         ("reparametrized", {"probability": 2.0}, r"probability must lie in \[0, 1\]; got 2.0"),
         ("loss_scaling", {"log_range": -1.0}, "log_range must be positive and finite; got -1.0"),
+        ("loss_offset", {"offset": math.inf}, "offset must be finite; got inf"),
+        ("loss_offset", {"offset": math.nan}, "offset must be finite; got nan"),
         ("gradient_noise", {"std": 0.0}, "std must be positive and finite; got 0.0"),
         ("convex_mixing", {"dim": 0}, "dim must be at least 1; got 0"),
         ("convex_mixing", {"family": "quadratic"}, "family must be a TaskFamily or a mapping .*; got 'quadratic'"),

@@ -41,10 +41,14 @@ def gradient(family, params, task, batch):
         ("rosenbrock", 1e-14),
         ("ackley", 1e-10),
         ("rastrigin", 1e-14),
+        ("griewank", 1e-14),
+        ("levy", 1e-14),
+        ("powell", 1e-14),
         ("saddle", 1e-14),
         ("plateau", 1e-14),
         ("spectrum_quadratic", 1e-14),
         ("matrix_factorization", 1e-14),
+        ("linear_network", 1e-13),
     ],
 )
 def test_the_reference_optimum_is_zero_and_stationary(name, tolerance):
@@ -74,6 +78,7 @@ def test_the_reference_optimum_is_zero_and_stationary(name, tolerance):
         ("tabular", {"dataset": "breast_cancer"}, 2),
         ("tabular", {"dataset": "wine"}, 3),
         ("tabular", {"dataset": "digits"}, 10),
+        ("char_mlp", {}, 96),
         ("char_rnn", {}, 96),
         ("char_rnn", {"cell": "gru"}, 96),
         ("char_transformer", {}, 96),
@@ -103,6 +108,72 @@ def test_ackley_and_rastrigin_at_known_points():
     assert float(tasks.get("ackley", dim=2).loss(ones, task, {})) == pytest.approx(20 * (1 - math.exp(-0.2)), rel=1e-12)
     assert float(tasks.get("rastrigin", dim=2).loss(ones, task, {})) == pytest.approx(1.0, rel=1e-12)
     assert torch.isfinite(gradient(tasks.get("ackley", dim=2), {"x": task["center"]}, task, {})["x"]).all()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 10])
+def test_griewank_is_the_textbook_function_of_ten_times_the_distance(dim):
+    family = tasks.get("griewank", dim=dim)
+    for seed in SEEDS:
+        params, task = drawn(family, seed)
+        z = (params["x"] - task["center"]).numpy()
+        ripples = np.prod([math.cos(10 * z[i] / math.sqrt(i + 1)) for i in range(dim)])
+        # The textbook's bowl is the sum of squares over 4000: that of 10 z, for ten coordinates.
+        want = 1 + 10 / dim * np.sum((10 * z) ** 2) / 4000 - ripples
+        assert float(family.loss(params, task, {})) == pytest.approx(want, rel=1e-12)
+
+
+def test_griewanks_ripples_matter_where_tasks_start():
+    """A bowl's gradient has the sign of the distance in every coordinate; here many have the other one."""
+    family = tasks.get("griewank")
+    away = []
+    for seed in range(0, 300, 3):
+        params, task = drawn(family, seed)
+        z = params["x"] - task["center"]
+        assert 1e-3 < float(family.loss(params, task, {})) < 10
+        away.append((gradient(family, params, task, {})["x"] * z < 0).double().mean())
+    assert 0.1 < float(torch.stack(away).mean()) < 0.5
+
+
+@pytest.mark.parametrize("dim", [1, 2, 10])
+def test_levy_is_the_mean_of_the_textbook_function_of_four_times_the_distance(dim):
+    family = tasks.get("levy", dim=dim)
+    for seed in SEEDS:
+        params, task = drawn(family, seed)
+        x = 1 + 4 * (params["x"] - task["center"]).numpy()  # the textbook's optimum is at 1
+        w = 1 + (x - 1) / 4
+        want = math.sin(math.pi * w[0]) ** 2 + (w[-1] - 1) ** 2 * (1 + math.sin(2 * math.pi * w[-1]) ** 2)
+        for i in range(dim - 1):
+            want += (w[i] - 1) ** 2 * (1 + 10 * math.sin(math.pi * w[i] + 1) ** 2)
+        assert float(family.loss(params, task, {})) == pytest.approx(want / dim, rel=1e-11)
+
+
+def test_levy_has_local_minima_beside_the_optimum():
+    line = torch.linspace(-3, 3, 6001, dtype=torch.float64)
+    family = tasks.get("levy", dim=2)
+    values = torch.stack([family.value(torch.stack([z, torch.zeros_like(z)])) for z in line])
+    minima = line[1:-1][(values[1:-1] < values[:-2]) & (values[1:-1] < values[2:])]
+    assert len(minima) >= 5 and float(minima.abs().min()) < 1e-3
+
+
+def test_powell_is_the_textbook_function_divided_by_a_hundred():
+    task = {"center": torch.zeros(4, dtype=torch.float64)}
+    start = {"x": torch.tensor([3.0, -1.0, 0.0, 1.0], dtype=torch.float64)}  # Powell's own start, where it is 215
+    assert float(tasks.get("powell", dim=4).loss(start, task, {})) == pytest.approx(2.15, rel=1e-12)
+    family = tasks.get("powell")
+    params, task = drawn(family)
+    four = tasks.get("powell", dim=4)
+    parts = [four.value(z) for z in (params["x"] - task["center"]).split(4)]
+    assert float(family.loss(params, task, {})) == pytest.approx(float(sum(parts)) / 3, rel=1e-12)
+
+
+def test_powells_hessian_is_singular_at_the_optimum():
+    family = tasks.get("powell")
+    curvature = torch.func.jacrev(torch.func.grad(family.value))(torch.zeros(12, dtype=torch.float64))
+    eigenvalues = torch.linalg.eigvalsh(curvature)
+    assert float(eigenvalues[:6].abs().max()) < 1e-14 and float(eigenvalues[6:].min()) > 1e-2
+    flat = torch.tensor([10.0, -1.0, 1.0, 1.0] * 3, dtype=torch.float64)
+    assert float(family.value(2e-2 * flat)) == pytest.approx(16 * float(family.value(1e-2 * flat)), rel=1e-9)
+    assert float(family.value(1e-2 * flat)) > 0
 
 
 def test_the_saddle_is_one():
@@ -152,6 +223,90 @@ def test_lasso_optimum_satisfies_the_optimality_conditions():
     assert float(family.loss({"x": x}, task, {})) < float(family.loss(params, task, {}))
 
 
+@pytest.mark.parametrize("delta", [1e-3, 0.01, 1.0, 1e4])
+def test_robust_regression_is_the_pseudo_huber_loss_and_its_optimum_stationary(delta):
+    family = tasks.get("robust_regression", delta=delta)
+    for seed in SEEDS[:4]:
+        params, task = drawn(family, seed)
+        a, b, x = (v.numpy() for v in (task["a"], task["b"], params["x"]))
+        want = np.mean(delta * (np.sqrt(1 + ((a @ x - b) / delta) ** 2) - 1))
+        assert float(family.loss(params, task, {})) == pytest.approx(want, rel=1e-5 if delta > 1 else 1e-11)
+        best = family.optimum(task)
+        assert float(gradient(family, best, task, {})["x"].abs().max()) < 1e-10
+        least = float(family.loss(best, task, {}))
+        generator = torch.Generator().manual_seed(seed)
+        for scale in (1.0, 1e-3):
+            other = best["x"] + scale * torch.randn(20, generator=generator, dtype=torch.float64)
+            assert float(family.loss({"x": other}, task, {})) > least
+
+
+def test_robust_regression_keeps_small_residuals_in_float32():
+    family = tasks.get("robust_regression", num_rows=2, dim=1, delta=1e4)
+    task = {"a": torch.ones(2, 1), "b": torch.zeros(2)}
+    loss = family.loss({"x": torch.tensor([0.5])}, task, {})
+    assert float(loss) == pytest.approx(0.25 / 2e4, rel=1e-6)
+
+
+def test_robust_regression_has_about_a_tenth_of_outliers_that_its_optimum_resists():
+    family = tasks.get("robust_regression")
+    far, errors = [], []
+    for i in range(20):
+        _, task = drawn(family, task_seed("meta_train", 2, i))
+        far.append(((task["a"] @ family.optimum(task)["x"] - task["b"]).abs() > 0.2).double().mean())
+        # Least squares spreads the outliers over all rows.
+        squares = torch.linalg.lstsq(task["a"], task["b"][:, None]).solution[:, 0]
+        errors.append(((task["a"] @ squares - task["b"]).abs() > 0.2).double().mean())
+    # Outliers N(0, 5²) are above 0.2 in 97 of 100 cases.
+    assert float(torch.stack(far).mean()) == pytest.approx(0.097, abs=4 * math.sqrt(0.09 / 1200))
+    assert float(torch.stack(errors).mean()) > 0.5
+
+
+def test_linear_network_gradients_are_the_products_of_the_other_factors():
+    family = tasks.get("linear_network")
+    for seed in SEEDS[:3]:
+        params, task = drawn(family, seed)
+        first, second, third = (params[f"weight{i}"].numpy() for i in range(3))
+        x, target = task["points"].numpy(), (task["map"] @ task["points"]).numpy()
+        error = third @ second @ first @ x - target
+        assert float(family.loss(params, task, {})) == pytest.approx(float(np.mean(error**2)), rel=1e-6)
+        outer = 2 * error @ x.T / error.size  # of the product of the matrices
+        want = [
+            second.T @ third.T @ outer,
+            third.T @ outer @ first.T,
+            outer @ first.T @ second.T,
+        ]
+        grads = gradient(family, params, task, {})
+        for i, value in enumerate(want):
+            torch.testing.assert_close(grads[f"weight{i}"], torch.from_numpy(value), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_linear_networks_of_any_depth_reach_zero_and_are_flat_at_the_origin(depth):
+    family = tasks.get("linear_network", depth=depth, dim=4, num_points=6)
+    params, task = drawn(family)
+    assert list(params) == [f"weight{i}" for i in range(depth)]
+    best = double(family.optimum(task))
+    assert float(family.loss(best, task, {})) < 1e-13
+    zero = {n: torch.zeros_like(v) for n, v in params.items()}
+    slope = max(float(g.abs().max()) for g in gradient(family, zero, task, {}).values())
+    assert (slope == 0) == (depth > 1)
+    variance = float(torch.cat([drawn(family, s)[1]["images"].flatten() for s in range(0, 600, 3)]).var())
+    assert variance == pytest.approx(1, rel=0.1)
+
+
+def test_linear_networks_rest_on_plateaus():
+    """Plain descent from small weights: hardly any progress for long, then much of it at once."""
+    family = tasks.get("linear_network", init_scale=0.2)
+    params, task = drawn(family)
+    losses = []
+    for _ in range(1000):
+        grads, value = torch.func.grad_and_value(lambda p: family.loss(p, task, {}))(params)
+        params = {n: p - 0.1 * grads[n] for n, p in params.items()}
+        losses.append(float(value))
+    assert losses[50] > 0.95 * losses[0]
+    assert losses[-1] < 0.2 * losses[0]
+
+
 def test_logistic_regression_optimum_is_stationary():
     family = tasks.get("logistic_regression", weight_decay=1e-4)
     for seed in SEEDS[:4]:
@@ -159,6 +314,87 @@ def test_logistic_regression_optimum_is_stationary():
         assert float(family.loss(params, task, {})) == pytest.approx(math.log(2), rel=1e-12)
         best = family.optimum(task)
         assert max(float(g.abs().max()) for g in gradient(family, best, task, {}).values()) < 1e-9
+
+
+def test_softmax_regression_is_the_formula_and_its_optimum_stationary():
+    family = tasks.get("softmax_regression", weight_decay=0.02)
+    for seed in SEEDS[:4]:
+        params, task = drawn(family, seed)
+        x, weight, bias = (v.numpy() for v in (task["points"], params["weight"], params["bias"]))
+        shares = np.exp(x @ weight + bias)
+        shares /= shares.sum(1, keepdims=True)
+        right = np.eye(4)[task["classes"].numpy()]
+        want = -np.mean(np.log((shares * right).sum(1))) + 0.01 * (np.sum(weight**2) + np.sum(bias**2))
+        assert float(family.loss(params, task, {})) == pytest.approx(want, rel=1e-12)
+        grads = gradient(family, params, task, {})
+        error = (shares - right) / len(x)
+        torch.testing.assert_close(grads["weight"], torch.from_numpy(x.T @ error + 0.02 * weight))
+        torch.testing.assert_close(grads["bias"], torch.from_numpy(error.sum(0) + 0.02 * bias))
+        best = family.optimum(task)
+        assert best["weight"].shape == (10, 4) and best["bias"].shape == (4,)
+        assert max(float(g.abs().max()) for g in gradient(family, best, task, {}).values()) < 1e-12
+        assert float(family.loss(best, task, {})) < want
+
+
+def test_softmax_regression_of_two_classes_is_logistic_regression():
+    """The difference of two scores is a logit, and halving it on both sides halves the penalty's weight."""
+    family = tasks.get("softmax_regression", num_classes=2, weight_decay=4e-3)
+    logistic = tasks.get("logistic_regression", num_rows=80, weight_decay=2e-3)
+    for seed in SEEDS[:3]:
+        _, task = drawn(family, seed)
+        best = family.optimum(task)
+        torch.testing.assert_close(best["weight"][:, 0], -best["weight"][:, 1], rtol=1e-7, atol=1e-9)
+        theirs = logistic.optimum({"points": task["points"], "signs": 2.0 * task["classes"] - 1})
+        got = best["weight"][:, 1] - best["weight"][:, 0]
+        torch.testing.assert_close(got, theirs["weight"], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(best["bias"].diff(), theirs["bias"], rtol=1e-6, atol=1e-9)
+
+
+def test_softmax_classes_are_noisy_and_few_starts_know_them():
+    family = tasks.get("softmax_regression")
+    losses, wrong = [], []
+    for i in range(100):
+        seed = task_seed("meta_train", 3, i)
+        params, task = drawn(family, seed)
+        losses.append(float(family.loss(params, task, {})))
+        generator = torch.Generator().manual_seed(seed)
+        points = torch.randn(80, 10, generator=generator)
+        assert torch.equal(points.double(), task["points"])
+        best = (points @ torch.randn(10, 4, generator=generator)).argmax(1)
+        wrong.append((best != task["classes"]).double())
+    # A uniformly drawn class is the right one in a quarter of the cases.
+    assert float(torch.cat(wrong).mean()) == pytest.approx(0.075, abs=4 * math.sqrt(0.07 / 8000))
+    assert sum(losses) / len(losses) == pytest.approx(math.log(4), abs=0.1)
+
+
+def test_the_optimum_of_robust_regression_is_that_of_the_linear_program():
+    """A row's loss lies between |r| − delta and |r|, so that the least mean of |r|, a linear program, bounds it."""
+    from scipy import optimize
+
+    family = tasks.get("robust_regression")
+    for seed in SEEDS[:3]:
+        _, task = drawn(family, seed)
+        a, b = task["a"].numpy(), task["b"].numpy()
+        eye = np.eye(60)
+        # min Σ t with −t ≤ Ax − b ≤ t
+        solved = optimize.linprog(
+            np.concatenate([np.zeros(20), np.ones(60)]),
+            A_ub=np.block([[a, -eye], [-a, -eye]]),
+            b_ub=np.concatenate([b, -b]),
+            bounds=[(None, None)] * 20 + [(0, None)] * 60,
+        )
+        assert solved.success
+        least = float(family.loss(family.optimum(task), task, {}))
+        assert solved.fun / 60 - 0.01 < least < solved.fun / 60
+        rounder = tasks.get("robust_regression", delta=0.5)
+        fitted = optimize.minimize(
+            lambda x: float(rounder.loss({"x": torch.from_numpy(x)}, task, {})),
+            np.zeros(20),
+            jac=lambda x: gradient(rounder, {"x": torch.from_numpy(x)}, task, {})["x"].numpy(),
+            method="BFGS",
+            options={"gtol": 1e-9},
+        )
+        torch.testing.assert_close(rounder.optimum(task)["x"], torch.from_numpy(fitted.x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_optima_are_scikit_learns():
@@ -180,6 +416,15 @@ def test_the_optima_are_scikit_learns():
         best = family.optimum(task)
         theirs = torch.from_numpy(fitted.coef_[0])
         torch.testing.assert_close(torch.cat([best["weight"], best["bias"]]), theirs, rtol=1e-4, atol=1e-5)
+    family = tasks.get("softmax_regression")
+    for seed in SEEDS[:3]:
+        _, task = drawn(family, seed)
+        points = torch.cat([task["points"], torch.ones(80, 1)], dim=1)
+        fitted = linear_model.LogisticRegression(C=1 / (80 * 1e-3), fit_intercept=False, tol=1e-12, max_iter=10_000)
+        fitted.fit(points.numpy(), task["classes"].numpy())
+        best = family.optimum(task)
+        theirs = torch.from_numpy(fitted.coef_.T)
+        torch.testing.assert_close(torch.cat([best["weight"], best["bias"][None]]), theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dataset", TABLES)
@@ -416,6 +661,38 @@ def test_a_text_that_is_not_utf8_is_read_byte_by_byte(tmp_path):
     assert text.tolist() == [0 if c == "\n" else ord(c) - 31 for c in want]
 
 
+@pytest.mark.parametrize("context", [1, 3, 9])
+@pytest.mark.parametrize("activation", ["tanh", "elu"])
+def test_the_feed_forward_character_net_is_the_one_of_pytorchs_layers(context, activation):
+    family = tasks.get("char_mlp", context=context, embedding=5, hidden=6, length=7, activation=activation)
+    params, _ = drawn(family)
+    generator = torch.Generator().manual_seed(0)
+    params = {n: v + 0.1 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in params.items()}
+    codes = torch.randint(96, (3, 7), generator=generator)
+    got = family.logits(params, F.one_hot(codes, 96).double())
+    assert got.shape == (3, 7, 96)
+    layers = (nn.Linear(context * 5, 6).double(), nn.Linear(6, 96).double())
+    for layer, weight, bias in zip(layers, ("input", "output"), ("bias", "output_bias")):
+        layer.weight.data, layer.bias.data = params[weight].T, params[bias]
+    activate = nn.Tanh() if activation == "tanh" else nn.ELU()
+    for window in range(3):
+        for t in range(7):  # the characters t − context + 1 … t, the earliest first
+            seen = [codes[window, k] if k >= 0 else None for k in range(t - context + 1, t + 1)]
+            embedded = [torch.zeros(5).double() if k is None else params["embedding"][k] for k in seen]
+            want = layers[1](activate(layers[0](torch.cat(embedded))))
+            torch.testing.assert_close(got[window, t], want.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_the_feed_forward_character_net_sees_its_context_alone():
+    family = tasks.get("char_mlp", context=3, length=8)
+    params, _ = drawn(family)
+    one_hot = F.one_hot(torch.arange(8).view(1, 8), 96).double()
+    changed = one_hot.clone()
+    changed[:, 2] = changed[:, 2].flip(-1)
+    same = (family.logits(params, one_hot) == family.logits(params, changed)).all(-1)[0]
+    assert same.tolist() == [True, True, False, False, False, True, True, True]
+
+
 @pytest.mark.parametrize("cell", ["tanh", "gru"])
 def test_the_recurrent_net_is_pytorchs(cell):
     family = tasks.get("char_rnn", cell=cell, hidden=5, length=7)
@@ -456,7 +733,7 @@ def test_the_transformer_layer_is_pytorchs():
 
 
 def test_characters_do_not_see_those_that_follow():
-    for name in ("char_rnn", "char_transformer"):
+    for name in ("char_mlp", "char_rnn", "char_transformer"):
         family = tasks.get(name, length=6)
         params, _ = drawn(family)
         one_hot = F.one_hot(torch.arange(12).view(2, 6), 96).double()
@@ -616,12 +893,31 @@ def test_ratings_have_the_stated_variance_and_can_be_learned():
     [
         ("rosenbrock", {"dim": 1}, "dim must be at least 2; got 1"),
         ("ackley", {"start": 0.0}, "start must be positive and finite; got 0.0"),
+        ("griewank", {"dim": 0}, "dim must be at least 1; got 0"),
+        ("griewank", {"start": -1.0}, "start must be positive and finite; got -1.0"),
+        ("levy", {"dim": 0}, "dim must be at least 1; got 0"),
+        ("powell", {"dim": 10}, "dim must be a multiple of 4; got 10"),
+        ("powell", {"dim": 0}, "dim must be at least 4; got 0"),
+        ("powell", {"start": math.inf}, "start must be positive and finite; got inf"),
         ("spectrum_quadratic", {"dim": 1}, "dim must be at least 2; got 1"),
         ("spectrum_quadratic", {"condition": 0.5}, "condition must be at least 1 and finite; got 0.5"),
         ("spectrum_quadratic", {"noise": -1.0}, "noise must be non-negative and finite; got -1.0"),
         ("lasso", {"num_rows": 0}, "num_rows must be at least 1; got 0"),
         ("lasso", {"weight": 0.0}, "weight must be positive; got 0.0"),
         ("lasso", {"init_scale": 0.0}, "init_scale must be positive; got 0.0"),
+        ("robust_regression", {"dim": 0}, "dim must be at least 1; got 0"),
+        ("robust_regression", {"num_rows": 19}, r"num_rows must be at least dim \(20\); got 19"),
+        ("robust_regression", {"delta": 0.0}, "delta must be positive and finite; got 0.0"),
+        ("robust_regression", {"delta": math.inf}, "delta must be positive and finite; got inf"),
+        ("linear_network", {"depth": 0}, "depth must be at least 1; got 0"),
+        ("linear_network", {"dim": 0}, "dim must be at least 1; got 0"),
+        ("linear_network", {"num_points": 0}, "num_points must be at least 1; got 0"),
+        ("linear_network", {"init_scale": 0.0}, "init_scale must be positive and finite; got 0.0"),
+        ("softmax_regression", {"num_classes": 1}, "num_classes must be at least 2; got 1"),
+        ("softmax_regression", {"num_rows": 1}, "num_rows must be at least 2; got 1"),
+        ("softmax_regression", {"dim": 0}, "dim must be at least 1; got 0"),
+        ("softmax_regression", {"weight_decay": 0.0}, "weight_decay must be positive; got 0.0"),
+        ("softmax_regression", {"init_scale": -1.0}, "init_scale must be positive; got -1.0"),
         ("matrix_factorization", {"rank": 0}, "rank must be at least 1; got 0"),
         ("matrix_factorization", {"init_scale": 0.0}, "init_scale must be positive; got 0.0"),
         ("logistic_regression", {"num_rows": 1}, "num_rows must be at least 2; got 1"),
@@ -632,6 +928,12 @@ def test_ratings_have_the_stated_variance_and_can_be_learned():
         ("image_conv", {"norm": "group"}, "norm must be one of none, layer, batch; got 'group'"),
         ("image_conv", {"norm": "batch", "batch_size": 1}, "batch_size must be at least 2 with norm='batch'; got 1"),
         ("image_autoencoder", {"code": 0}, "code must be at least 1; got 0"),
+        ("char_mlp", {"context": 0}, "context must be at least 1; got 0"),
+        ("char_mlp", {"embedding": 0}, "embedding must be at least 1; got 0"),
+        ("char_mlp", {"hidden": 0}, "hidden must be at least 1; got 0"),
+        ("char_mlp", {"activation": "step"}, "activation must be one of .*tanh.*; got 'step'"),
+        ("char_mlp", {"length": 0}, r"length must lie in \[1, 512\]; got 0"),
+        ("char_mlp", {"label_noise": 2.0}, r"label_noise must lie in \[0, 1\]; got 2.0"),
         ("char_rnn", {"length": 0}, r"length must lie in \[1, 512\]; got 0"),
         ("char_rnn", {"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ("char_rnn", {"cell": "lstm"}, "cell must be one of tanh, gru; got 'lstm'"),
