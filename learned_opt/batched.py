@@ -50,7 +50,7 @@ class BatchedFamily:
         dtype: floating-point type of data, constants and parameters.
 
     Attributes:
-        names, shapes: the parameters of one task, in order.
+        names, shapes, sizes: the parameters of one task, in order, and how many numbers each has.
         num_parameters: how many numbers that is.
         judged_apart: whether a loss of its own judges the family's parameters (`TaskFamily.query_loss`).
 
@@ -82,8 +82,8 @@ class BatchedFamily:
                 raise ValueError(f"{family.name}: parameter {name!r} must be a floating-point tensor; got {kind}")
         self.names = list(params)
         self.shapes = [tuple(value.shape) for value in params.values()]
-        self._sizes = [value.numel() for value in params.values()]
-        self.num_parameters = sum(self._sizes)
+        self.sizes = tuple(value.numel() for value in params.values())
+        self.num_parameters = sum(self.sizes)
         self._traced: dict[Any, Any] = {}
         self._one_by_one: set[str] = set()
         clash = sorted(task.keys() & self._shared.keys())
@@ -156,7 +156,7 @@ class BatchedFamily:
 
     def unflatten(self, params: torch.Tensor) -> Tensors:
         """Named views of a flat parameter tensor [..., num_parameters]."""
-        parts = params.split(self._sizes, dim=-1)
+        parts = params.split(self.sizes, dim=-1)
         lead = params.shape[:-1]
         return {n: part.reshape((*lead, *shape)) for n, shape, part in zip(self.names, self.shapes, parts)}
 
@@ -219,7 +219,7 @@ class BatchedFamily:
 
     def losses(self, params: torch.Tensor, tasks: Tensors, batch: Tensors) -> torch.Tensor:
         """Losses [particles] at `params` [particles, num_parameters]."""
-        return self._run("loss", self._vectorize(self._loss), params, tasks, batch)
+        return self._run("loss", lambda: self._vectorize(self._loss), params, tasks, batch)
 
     def losses_and_grads(
         self, params: torch.Tensor, tasks: Tensors, batch: Tensors, *, differentiable: bool = False
@@ -228,9 +228,12 @@ class BatchedFamily:
 
         Both are free of autograd history unless `differentiable`, which keeps the graph back to `params`.
         """
-        function = self._vectorize(grad_and_value(self._loss))
+
+        def function() -> Callable[..., Any]:
+            return self._vectorize(grad_and_value(self._loss))
+
         if differentiable:
-            grads, losses = function(params, tasks, self._shared, batch)
+            grads, losses = function()(params, tasks, self._shared, batch)
             return losses, grads
         with torch.no_grad():
             grads, losses = self._run("grad", function, params, tasks, batch)
@@ -239,7 +242,7 @@ class BatchedFamily:
     def judged_losses(self, params: torch.Tensor, tasks: Tensors, batch: Tensors) -> torch.Tensor:
         """The losses that judge `params`, [particles], where `judged_apart`, without gradients."""
         with torch.no_grad():
-            return self._run("judged", self._vectorize(self._judging_loss, "query_loss"), params, tasks, batch)
+            return self._run("judged", lambda: self._vectorize(self._judging_loss, "query_loss"), params, tasks, batch)
 
     def judge(
         self, params: torch.Tensor, tasks: Tensors, batch: Tensors, *, differentiable: bool = False
@@ -247,9 +250,12 @@ class BatchedFamily:
         """What `losses_and_grads` returns, of the loss that judges: the family's `query_loss` where it has one."""
         if not self.judged_apart:
             return self.losses_and_grads(params, tasks, batch, differentiable=differentiable)
-        function = self._vectorize(grad_and_value(self._judging_loss), "query_loss")
+
+        def function() -> Callable[..., Any]:
+            return self._vectorize(grad_and_value(self._judging_loss), "query_loss")
+
         if differentiable:
-            grads, losses = function(params, tasks, self._shared, batch)
+            grads, losses = function()(params, tasks, self._shared, batch)
             return losses, grads
         with torch.no_grad():
             grads, losses = self._run("judge", function, params, tasks, batch)
@@ -266,7 +272,7 @@ class BatchedFamily:
             return pull(batch[_VECTOR])[0]
 
         with torch.no_grad():
-            return self._run("hessian", self._vectorize(product), params, tasks, {**batch, _VECTOR: vectors})
+            return self._run("hessian", lambda: self._vectorize(product), params, tasks, {**batch, _VECTOR: vectors})
 
     def eval_metrics(self, params: torch.Tensor, tasks: Tensors) -> Tensors:
         """The family's reported metrics, each [particles]; empty where the family reports none."""
@@ -278,8 +284,14 @@ class BatchedFamily:
             return self._vectorize(metrics, "eval_metrics")(params, tasks, self._shared, {})
 
     def _run(
-        self, kind: str, function: Callable[..., Any], params: torch.Tensor, tasks: Tensors, batch: Tensors
+        self,
+        kind: str,
+        make: Callable[[], Callable[..., Any]],
+        params: torch.Tensor,
+        tasks: Tensors,
+        batch: Tensors,
     ) -> Any:
+        """What the function that is made computes: by that function at first, by its trace from then on."""
         arguments = (params, tasks, self._shared, batch)
         key = (
             kind,
@@ -287,6 +299,7 @@ class BatchedFamily:
         )
         seen = self._traced.get(key, 0)
         if isinstance(seen, int):
+            function = make()
             if seen < _CALLS_BEFORE_TRACE or self._one_by_one & {"loss", "query_loss"}:
                 self._traced[key] = seen + 1
                 return function(*arguments)

@@ -2,13 +2,9 @@
 
 A rule works on coordinates, and holds its state coordinates last. An optimizer's state must be one tensor of the
 parameter's shape per row of the rule's state, so that every checkpoint and sharding tool can handle it. Here the two
-meet: a `Block` is a matrix [rows, coordinates] that holds the state of one large tensor or of many small ones, and the
-optimizer's state tensors are views of its rows. The rule runs over a block's columns in chunks, in place. Temporaries
-are bounded by the chunk, whatever the size of the tensors.
-
-Blocks are a cache and nothing else: state that somebody replaced (loading, moving between devices, copying) is
-recognized by its address and packed again, and `unpack` makes separate tensors of the views before anyone saves them,
-since a pickled view would carry its whole block along.
+meet: a block (`learned_opt.blocks`) is a matrix [rows, coordinates] that holds the state of one large tensor or of many
+small ones. The rule runs over a block's columns in chunks, in place. Temporaries are bounded by the chunk, whatever the
+size of the tensors.
 """
 
 from __future__ import annotations
@@ -16,14 +12,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from learned_opt.blocks import Blocks, local
+from learned_opt.parameter_context import Sums, add_over_ranks, add_sums, context_of_block, summed_at_once
 from learned_opt.rules import fused
 from learned_opt.rules.base import UpdateRule
+from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.rules.inplace import Scratch, update_
 from learned_opt.rules.lstm import LSTMRule
 from learned_opt.task import Tensors
@@ -80,11 +78,6 @@ class StateLayout:
         return torch.cat([state[name].reshape(stop - start, -1) for name, start, stop, _ in self._parts])
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor (DTensor), or the tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def compute_dtype(param: torch.Tensor) -> torch.dtype:
     """What the rule computes in: float32, or float64 for float64 parameters."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -96,78 +89,6 @@ def dense(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     grad = local(grad)
     return grad if grad.layout == torch.strided else grad.to_dense()
-
-
-def _as_sharded(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A DTensor around this process's part where `like` is one; else the part itself."""
-    if not hasattr(like, "to_local"):
-        return part
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(like, DTensor)
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-
-
-class Block:
-    """The packed state of some parameters: a matrix [rows, coordinates], of which their state tensors are views."""
-
-    def __init__(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], keys: Sequence[str]) -> None:
-        self.params = [weakref.ref(param) for param in params]
-        self.sizes = [local(param).numel() for param in params]
-        parts = [[local(state[key]) for key in keys] for state in states]
-        first = parts[0][0] if keys else local(params[0])
-        self.rows = torch.empty(len(keys), sum(self.sizes), dtype=first.dtype, device=first.device)
-        for state, old, columns in zip(states, parts, self.rows.split(self.sizes, 1)):
-            for key, part, row in zip(keys, old, columns.unbind(0)):
-                state[key] = _as_sharded(row.view(part.shape).copy_(part), state[key])
-        self._addresses = [self._addresses_of(state, keys) for state in states]
-
-    @staticmethod
-    def _addresses_of(state: dict[str, Any], keys: Sequence[str]) -> list[int]:
-        return [local(state[key]).data_ptr() for key in keys]
-
-    def holds(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], keys: Sequence[str]) -> bool:
-        """Whether these parameters' state tensors are still the views of this block that they were made."""
-        return all(ref() is param for ref, param in zip(self.params, params)) and all(
-            self._addresses_of(state, keys) == addresses for state, addresses in zip(states, self._addresses)
-        )
-
-
-class Blocks:
-    """The blocks of an optimizer, kept from step to step."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[tuple[int, ...], Block] = {}
-
-    def of(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], keys: Sequence[str]) -> Block:
-        """The block of these parameters; packs their state where it is not yet, or no longer."""
-        name = tuple(map(id, params))
-        block = self._blocks.get(name)
-        if block is None or not block.holds(params, states, keys):
-            mine = set(name)
-            self._blocks = {
-                other: kept
-                for other, kept in self._blocks.items()
-                if mine.isdisjoint(other) and all(ref() is not None for ref in kept.params)
-            }
-            block = self._blocks[name] = Block(params, states, keys)
-        return block
-
-    def unpack(self, state: MutableMapping[Any, dict[str, Any]]) -> None:
-        """Give every state tensor memory of its own, and forget the blocks."""
-        for block in self._blocks.values():
-            for ref in block.params:
-                param = ref()
-                if param is None or param not in state:
-                    continue
-                for key, value in state[param].items():
-                    if isinstance(value, torch.Tensor) and local(value).untyped_storage().data_ptr() == (
-                        block.rows.untyped_storage().data_ptr()
-                    ):
-                        state[param][key] = value.clone(memory_format=torch.contiguous_format)
-        self._blocks = {}
 
 
 @dataclasses.dataclass
@@ -214,14 +135,29 @@ class Chunk:
         rows: state [num_rows, n], a view.
         params, grads: flat pieces, n coordinates in all.
         steps: step count of each piece.
+        owners: the parameter that each piece is of.
         updates: where to put the update, flat pieces; empty to move the parameters.
+
+    A chunk of one parameter may be cut; one of several is small enough as it is.
     """
 
     rows: torch.Tensor
     params: list[torch.Tensor]
     grads: list[torch.Tensor]
     steps: list[float]
+    owners: list[torch.Tensor]
     updates: list[torch.Tensor]
+
+    def cut(self, size: int) -> list[Chunk]:
+        """The same coordinates, at most `size` at a time if they are of one parameter."""
+        if len(self.params) > 1 or self.rows.shape[1] <= size:
+            return [self]
+        (params,), (grads,) = ([part.split(size) for part in pieces] for pieces in (self.params, self.grads))
+        updates = [[part] for update in self.updates for part in update.split(size)] or [[]] * len(params)
+        return [
+            Chunk(rows, [param], [grad], self.steps, self.owners, update)
+            for rows, param, grad, update in zip(self.rows.split(size, 1), params, grads, updates)
+        ]
 
 
 def plan(entries: Sequence[Entry], chunk_size: int) -> Iterator[list[Entry]]:
@@ -242,20 +178,13 @@ def plan(entries: Sequence[Entry], chunk_size: int) -> Iterator[list[Entry]]:
         yield shared
 
 
-def chunks(entries: Sequence[Entry], blocks: Blocks, keys: Sequence[str], chunk_size: int) -> Iterator[Chunk]:
-    """The coordinates of the entries, at most `chunk_size` at a time."""
+def whole_blocks(entries: Sequence[Entry], blocks: Blocks, keys: Sequence[str], chunk_size: int) -> Iterator[Chunk]:
+    """The coordinates of the entries, block by block: `Chunk.cut` makes at most `chunk_size` at a time of them."""
     for members in plan(entries, chunk_size):
-        block = blocks.of([e.key for e in members], [e.state for e in members], keys)
-        if len(members) > 1 or members[0].param.numel() <= chunk_size:
-            updates = [e.update for e in members if e.update is not None]
-            pieces = [e.param for e in members], [e.grad for e in members], [e.step for e in members]
-            yield Chunk(block.rows, *pieces, updates)
-            continue
-        (entry,) = members
-        cut = (block.rows.split(chunk_size, 1), entry.param.split(chunk_size), entry.grad.split(chunk_size))
-        targets = [[]] * len(cut[1]) if entry.update is None else [[u] for u in entry.update.split(chunk_size)]
-        for rows, param, grad, updates in zip(*cut, targets):
-            yield Chunk(rows, [param], [grad], [entry.step], updates)
+        owners = [e.key for e in members]
+        block = blocks.of(owners, [e.state for e in members], keys)
+        pieces = [e.param for e in members], [e.grad for e in members], [e.step for e in members]
+        yield Chunk(block.rows, *pieces, owners, [e.update for e in members if e.update is not None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +196,8 @@ class Program:
         theta: its meta-parameters, on the device and of `dtype`.
         dtype: what is computed in.
         rates: what is done with the updates.
+        chunk_size: coordinates at a time; what is computed does not depend on it.
+        sharded: the parameters of which this process holds a part, also an empty one, in an order that all share.
     """
 
     rule: UpdateRule
@@ -274,13 +205,15 @@ class Program:
     theta: Tensors
     dtype: torch.dtype
     rates: Rates
+    chunk_size: int
+    sharded: Sequence[torch.Tensor] = ()
 
     def step(self, work: Sequence[Chunk]) -> None:
-        """Take one step of the rule on every chunk: moves parameters and state."""
+        """Take one step of the rule on whole blocks: moves parameters and state."""
         self._run(self._stepper, work)
 
     def propose(self, work: Sequence[Chunk]) -> int:
-        """Put the updates where the chunks say, zero where an update or the new state is not finite; moves state alone.
+        """Put the updates where the blocks say, zero where an update or the new state is not finite; moves state alone.
 
         Returns:
             The number of such coordinates; their state stays what it was, or not finite if it was that.
@@ -289,16 +222,34 @@ class Program:
         self._run(lambda: self._proposer(num_frozen), work)
         return sum(num_frozen)
 
-    def _run(self, make: Callable[[], Callable[[Chunk], None]], work: Sequence[Chunk]) -> None:
-        if not work:
-            return
-        device = work[0].rows.device.type
+    def _run(self, make: Callable[[], Callable[[Chunk, Context | None], None]], work: Sequence[Chunk]) -> None:
+        device = next(iter(self.theta.values())).device.type
         # One chunk after another: torch's own threads share each operation. Threads that each own chunks were slower,
         # since they hand the interpreter's lock back and forth at every operation.
         with torch.autocast(device, enabled=False):
-            do = make()
-            for chunk in work:
-                do(chunk)
+            contexts, do = self._contexts(work, device), make()
+            for block, context in zip(work, contexts):
+                for chunk in block.cut(self.chunk_size):
+                    do(chunk, context)
+
+    def _contexts(self, work: Sequence[Chunk], device: str) -> Sequence[Context | None]:
+        """What the rule is told of the tensors of every block."""
+        if not self.rule.num_context:
+            return [None] * len(work)
+        sums: Sums = {}
+        for block in work:
+            for chunk in block.cut(summed_at_once(device)):
+                grads, _, _, state = self._inputs(chunk)
+                add_sums(sums, self.rule, chunk, grads, state)
+        if self.sharded:
+            add_over_ranks(sums, self.sharded, self._no_sums())
+        return [context_of_block(sums, self.rule, block, self.dtype) for block in work]
+
+    def _no_sums(self) -> torch.Tensor:
+        """The sums over no coordinates."""
+        like = next(iter(self.theta.values()))
+        state = self.rule.init_state(1, dtype=like.dtype, device=like.device)
+        return self.rule.context_sums(like.new_zeros(1), state, TensorLayout((1,)))[:, 0]
 
     def _inputs(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tensors]:
         """Gradients and parameters [n], the state's rows [num_rows, n], and the rule's state, views of the rows."""
@@ -307,16 +258,16 @@ class Program:
         state = self.layout.to_rule(rows, _step_counts(chunk, self.layout, grads))
         return -grads if self.rates.maximize else grads, params, rows, state
 
-    def _stepper(self) -> Callable[[Chunk], None]:
+    def _stepper(self) -> Callable[[Chunk, Context | None], None]:
         scratch: Scratch = {}
         lr, keep = self.rates.lr, 1 - self.rates.lr * self.rates.weight_decay
         fused_step = self._fused_stepper(fused.Factors(lr, keep, self.rates.maximize))
 
-        def step(chunk: Chunk) -> None:
+        def step(chunk: Chunk, context: Context | None) -> None:
             if fused_step is not None and fused_step(chunk):
                 return
             grads, params, rows, state = self._inputs(chunk)
-            update = update_(self.rule, self.theta, grads, params, state, scratch)
+            update = update_(self.rule, self.theta, grads, params, state, scratch, context)
             if rows is not chunk.rows:
                 chunk.rows.copy_(rows)
             if params is chunk.params[0]:
@@ -348,16 +299,16 @@ class Program:
 
         return step
 
-    def _proposer(self, num_frozen: list[int]) -> Callable[[Chunk], None]:
+    def _proposer(self, num_frozen: list[int]) -> Callable[[Chunk, Context | None], None]:
         scratch: Scratch = {}
 
-        def propose(chunk: Chunk) -> None:
+        def propose(chunk: Chunk, context: Context | None) -> None:
             grads, params, rows, state = self._inputs(chunk)
             # From finite gradients and a finite state an LSTM gets to a finite state: its gates are bounded.
             bounded = isinstance(self.rule, LSTMRule)
             old_rows = chunk.rows.clone() if rows is chunk.rows and not bounded else chunk.rows
             # The same code as an unguarded step: the numbers are equal to the bit.
-            update = update_(self.rule, self.theta, grads, params, state, scratch)
+            update = update_(self.rule, self.theta, grads, params, state, scratch, context)
             # One sum tells that all is finite; it may overflow where nothing else does, so a bad one decides nothing.
             if not math.isfinite(float(update.sum() if bounded else update.sum() + rows.sum())):
                 sound = update.isfinite() & rows.isfinite().all(0)

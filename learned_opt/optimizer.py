@@ -7,6 +7,8 @@ move them (`learned_opt.coordinates`). Where it differs from the optimizers of t
   parameters nor its memory move, so that the dummy step of a distributed checkpoint leaves no trace.
 - State is kept in float32 for parameters of lower precision, and comes back from `load_state_dict` to the bit.
 - A group's "weights" names the learned weights and their hash; state of other weights is refused.
+- A rule that is told of whole tensors (`learned_opt.rules.context`) is told of every parameter, of all its parts where
+  it is sharded as a DTensor. A wrapper that flattens parameters or cuts plain tensors makes other tensors of them.
 - On a GPU with Triton, an LSTM without guard steps in one kernel, once that has been found to agree with the rule. The
   environment variable LEARNED_OPT_FUSED=0 turns it off (`learned_opt.rules.fused`).
 - On a CPU with a C++ compiler, an LSTM steps in a kernel that is compiled when it is first used;
@@ -26,19 +28,18 @@ from learned_opt import artifact as artifacts
 from learned_opt import guard as guards
 from learned_opt import guarded, optimizer_state, traced
 from learned_opt.artifact import Artifact
+from learned_opt.blocks import Blocks, local
 from learned_opt.coordinates import (
     STEP,
-    Blocks,
     Chunk,
     Entry,
     Program,
     Rates,
     StateLayout,
-    chunks,
     compute_dtype,
     default_chunk_size,
     dense,
-    local,
+    whole_blocks,
 )
 from learned_opt.guard import GuardConfig, Watch
 from learned_opt.optimizer_checks import check_group, check_param, check_settings, number_of
@@ -60,8 +61,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             removes 1e-5 of a parameter per step, which is weight_decay=1e-5 here.
         maximize: climb the loss instead of descending it.
         state_dtype: how state is stored; by default float32 (float64 for float64 parameters). torch.bfloat16 halves it.
-        chunk_size: coordinates per call of the rule, which bounds the memory of temporaries; None for as many as fit
-            into a core's cache; on a GPU, into 256 MiB.
+        chunk_size: coordinates per call of the rule, which bounds the memory of temporaries and changes no number;
+            None for as many as fit into a core's cache; on a GPU, into 256 MiB.
         guard: whether to guard against ruin, at 12 more bytes a parameter; see `learned_opt.guard`, and pass the loss
             to `step`. Not for sharded parameters and compiled steps.
 
@@ -225,7 +226,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return result
         for group, params, grads, steps in work:
             for entries, program in self._programs(group, params, grads, steps):
-                program.step(self._chunks(entries, program))
+                program.step(self._blocks_of(entries, program))
                 _put_back(entries)
             if steps:
                 torch._foreach_add_(steps, 1)
@@ -236,21 +237,27 @@ class LearnedOptimizer(torch.optim.Optimizer):
     ) -> list[tuple[list[Entry], Program]]:
         """The parameters as coordinates, by device and computing dtype, each with what to run on them."""
         buckets: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
+        sharded: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
         for param, grad, step in zip(params, grads, steps):
             here = local(param).detach()
+            bucket = here.device, compute_dtype(here)
+            if hasattr(param, "placements"):
+                sharded[bucket].append(param)
+                buckets[bucket]  # also where all that is here is empty: the others wait for it
             if here.numel():
                 entry = Entry(param, here.reshape(-1), grad.reshape(-1), self.state[param], float(step))
-                buckets[here.device, compute_dtype(here)].append(entry)
+                buckets[bucket].append(entry)
         rule, layout = self._artifact(group).rule, self._layout(group)
         rates = Rates(float(group["lr"]), group["weight_decay"], group["maximize"])
-        return [
-            (entries, Program(rule, layout, self._theta(group, device, dtype), dtype, rates))
-            for (device, dtype), entries in buckets.items()
-        ]
+        out = []
+        for (device, dtype), entries in buckets.items():
+            size = self.chunk_size or default_chunk_size(len(layout.keys), device.type)
+            theta = self._theta(group, device, dtype)
+            out.append((entries, Program(rule, layout, theta, dtype, rates, size, sharded[device, dtype])))
+        return out
 
-    def _chunks(self, entries: Sequence[Entry], program: Program) -> list[Chunk]:
-        keys, device = program.layout.keys, entries[0].param.device.type
-        return list(chunks(entries, self._blocks, keys, self.chunk_size or default_chunk_size(len(keys), device)))
+    def _blocks_of(self, entries: Sequence[Entry], program: Program) -> list[Chunk]:
+        return list(whole_blocks(entries, self._blocks, program.layout.keys, program.chunk_size))
 
     def _step_guarded(self, work: Sequence[Any], loss: float | torch.Tensor | None) -> None:
         assert self.guard is not None and self.watch is not None
@@ -274,7 +281,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         proposals = [
             pair for group, params, grads, steps in work for pair in self._programs(group, params, grads, steps)
         ]
-        if guarded.step(proposals, lambda e, p: p.propose(self._chunks(e, p)), self.watch, self.guard, value):
+        if guarded.step(proposals, lambda e, p: p.propose(self._blocks_of(e, p)), self.watch, self.guard, value):
             for entries, _ in proposals:
                 _put_back(entries)
             for _, _, _, steps in work:

@@ -14,6 +14,7 @@ import torch
 
 from learned_opt.batched import BatchedFamily
 from learned_opt.rules.base import UpdateRule
+from learned_opt.rules.context import TensorLayout
 from learned_opt.task import Tensors, task_seed
 from learned_opt.truncation import HorizonSchedule
 
@@ -64,6 +65,7 @@ class Particles:
         initial: [particles], the loss that judges, at the parameters that the family drew for the episode: the scale
             of the task, also where the episode starts from learned initial parameters.
         rule_state: tensors [..., particles · num_parameters].
+        sizes: coordinates of each parameter tensor of one task.
         pending: where gradients are delayed, those of the next steps, [particles, delay, num_parameters], the oldest
             first, and `grads` is the one that the current step sees; None otherwise.
     """
@@ -79,14 +81,20 @@ class Particles:
     losses: torch.Tensor
     initial: torch.Tensor
     rule_state: Tensors
+    sizes: tuple[int, ...]
     pending: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def layout(self) -> TensorLayout:
+        """Where the particles' parameter tensors lie among their coordinates."""
+        return TensorLayout(self.sizes, len(self.ids))
+
     def state_dict(self) -> dict[str, object]:
         """Plain tensors, lists and dicts; tasks are left out, since their seeds rebuild them."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tasks"}
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("tasks", "sizes")}
         return {n: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else v for n, v in out.items()}
 
     @classmethod
@@ -101,7 +109,7 @@ class Particles:
                 return {n: v.to(batched.device) for n, v in value.items()}
             return None if value is None else list(value)
 
-        return cls(tasks=tasks, **{n: own(v) for n, v in state.items()})
+        return cls(tasks=tasks, sizes=batched.sizes, **{n: own(v) for n, v in state.items()})
 
 
 def start_particles(
@@ -146,8 +154,9 @@ def start_particles(
     state = rule.init_state(params.numel(), dtype=batched.dtype, device=batched.device) if rule else {}
     delay = batched.family.gradient_delay
     pending = grads[:, None].expand(-1, delay, -1).contiguous() if delay else None
+    steps = [0] * len(ids)
     return Particles(
-        ids, seeds, episodes, [0] * len(ids), horizons, tasks, params, grads, losses, initial, state, pending
+        ids, seeds, episodes, steps, horizons, tasks, params, grads, losses, initial, state, batched.sizes, pending
     )
 
 
@@ -276,6 +285,7 @@ def take(particles: Particles, columns: Sequence[int]) -> Particles:
         **tensors,
         tasks={name: value[index] for name, value in particles.tasks.items()},
         rule_state=columns_of(particles.rule_state, index, len(particles)),
+        sizes=particles.sizes,
         pending=None if particles.pending is None else particles.pending[index],
     )
 

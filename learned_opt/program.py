@@ -2,12 +2,14 @@
 
 Function transforms (`vmap`, `grad`) run through several layers of Python for every operation. `trace` records what
 they do once, for arguments of these shapes, and leaves out what does nothing: views of the shape that is there already,
-first powers, and whatever depends on shapes alone, which is computed once and kept. The result computes the same bits.
+first powers, and whatever depends on shapes alone, which is computed once and kept. On the CPU the list is then run by
+TorchScript's interpreter, which takes a fifth of Python's time for an operation. The result computes the same bits.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -47,12 +49,33 @@ def trace(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[
 
     module = make_fx(flat_function)(*flat)
     _simplify(module)
-    run = module.forward
+    run = _interpreted(module, flat) or module.forward
 
     def program(*arguments: Any) -> Any:
         return pytree.tree_unflatten(list(run(*_leaves(arguments))), out_spec[0])
 
     return program
+
+
+def _interpreted(module: fx.GraphModule, flat: list[Any]) -> Callable[..., Any] | None:
+    """The module run by TorchScript; None where that cannot be, or does not compute the same bits."""
+    if not all(isinstance(value, torch.Tensor) and value.is_cpu for value in flat):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what a trace does not see: the module has no branches
+        try:
+            script = torch.jit.freeze(torch.jit.trace(module, tuple(flat), check_trace=False).eval())
+            same = [_equal(script(*flat), module(*flat)) for _ in range(2)]  # it is optimized after its first runs
+        except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+            return None
+    return script if all(same) else None
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two lists of tensors hold the same; NaN is equal to NaN and to nothing else."""
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(first, second)
+    )
 
 
 def _leaves(arguments: tuple[Any, ...]) -> list[torch.Tensor]:

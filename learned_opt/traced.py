@@ -8,6 +8,7 @@ import torch
 
 from learned_opt.coordinates import StateLayout
 from learned_opt.rules.base import UpdateRule
+from learned_opt.rules.context import TensorLayout
 from learned_opt.task import Tensors
 
 
@@ -41,7 +42,12 @@ def step_param(
     flat_grad, flat_param = grad.reshape(-1).to(dtype), param.reshape(-1).to(dtype)
     with torch.autocast(param.device.type, enabled=False):
         state = layout.to_rule(old, count)
-        update, new_state = rule.update(theta, -flat_grad if maximize else flat_grad, flat_param, state)
+        seen = -flat_grad if maximize else flat_grad
+        told: tuple[torch.Tensor, ...] = ()
+        if rule.num_context:
+            sums = TensorLayout((n,)).sums(rule.context_terms(seen, state))
+            told = (rule.context_of(sums).to(dtype).expand(-1, n),)
+        update, new_state = rule.update(theta, seen, flat_param, state, *told)
     new = layout.from_rule(new_state, n)
     if isinstance(lr, torch.Tensor):
         new = torch.where(lr == 0, old, new)

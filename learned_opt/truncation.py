@@ -48,6 +48,8 @@ class HorizonSchedule:
         Returns:
             Inner steps, at least 1.
         """
+        if self.kind == "fixed" and not (episode == 0 and self.random_offsets):
+            return self.longest
         random = np.random.default_rng([run_seed, particle, episode, 1])
         horizon = self.longest
         if self.kind == "log_uniform":

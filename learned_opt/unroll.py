@@ -28,6 +28,8 @@ from learned_opt.particles import (
     rule_part,
 )
 from learned_opt.rules.base import UpdateRule, chunked_update
+from learned_opt.rules.context import Context
+from learned_opt.rules.context import context as context_of
 from learned_opt.rules.inplace import stepper
 from learned_opt.task import Tensors
 
@@ -87,6 +89,8 @@ class Segment:
         runs: the segment cut at resets; empty unless gradients are recorded.
         stages: one per step; empty unless stages are recorded.
         starts: by step of the segment, who was put at learned initial parameters before it.
+        contexts: [K, num_context, P, tensors], what the rule was told of every tensor; None unless gradients are
+            recorded and the rule takes context.
     """
 
     losses: torch.Tensor
@@ -97,6 +101,7 @@ class Segment:
     runs: list[Run]
     stages: list[Stage]
     starts: dict[int, Start] = dataclasses.field(default_factory=dict)
+    contexts: torch.Tensor | None = None
 
 
 Move = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -139,6 +144,7 @@ def learned_move(
     per_particle: bool = False,
     chunk_size: int | None = None,
     keep_states: bool = False,
+    contexts: list[torch.Tensor] | None = None,
 ) -> Move:
     """The move that applies an update rule and keeps its state in the particles.
 
@@ -150,26 +156,45 @@ def learned_move(
         chunk_size: coordinates at a time; None for what suits the rule.
         keep_states: whether every step's rule state stays as it was. Otherwise that of the first step does, and later
             ones may be overwritten.
+        contexts: where to put the values of every step's context, for a rule that takes one.
     """
     step = stepper(rule, theta, len(particles) if per_particle else 1) if chunk_size is None else None
     overwrite = False
 
+    def told(grads: torch.Tensor) -> Context | None:
+        if not rule.num_context:
+            return None
+        found = context_of(rule, grads.reshape(-1), particles.rule_state, particles.layout)
+        if contexts is not None:
+            contexts.append(found.values)
+        return found
+
     def fast_move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         nonlocal overwrite
         assert step is not None
-        update, particles.rule_state = step(grads.reshape(-1), params.reshape(-1), particles.rule_state, overwrite)
+        update, particles.rule_state = step(
+            grads.reshape(-1), params.reshape(-1), particles.rule_state, overwrite, told(grads)
+        )
         overwrite = not keep_states
         return params + update.view_as(params)
 
     def move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+        context = told(grads)
         if not per_particle:
             update, particles.rule_state = chunked_update(
-                rule, theta, grads.reshape(-1), params.reshape(-1), particles.rule_state, chunk_size=chunk_size
+                rule,
+                theta,
+                grads.reshape(-1),
+                params.reshape(-1),
+                particles.rule_state,
+                chunk_size=chunk_size,
+                context=context,
             )
             return params + update.view_as(params)
         state = {n: as_particles(v, len(params)) for n, v in particles.rule_state.items()}
-        update, state = torch.func.vmap(rule.update, in_dims=(0, 0, 0, -2), out_dims=(0, -2))(
-            theta, grads, params, state
+        rows = () if context is None else (as_particles(context.rows(grads.numel()), len(params)),)
+        update, state = torch.func.vmap(rule.update, in_dims=(0, 0, 0, -2, *[-2] * len(rows)), out_dims=(0, -2))(
+            theta, grads, params, state, *rows
         )
         particles.rule_state = {n: v.flatten(-2) for n, v in state.items()}
         return params + update
@@ -231,6 +256,7 @@ def unroll(
     losses, initial = particles.losses.new_empty(shape), particles.losses.new_empty(shape)
     check = torch.zeros_like(particles.losses)  # not finite as soon as anything was not
     stages: list[Stage] = []
+    contexts: list[torch.Tensor] = []
     done = 0
     while done < num_steps:
         # A move of its own for every stretch: what the stretch starts from is left as it is, for whoever recorded it.
@@ -241,6 +267,7 @@ def unroll(
             per_particle=per_particle,
             chunk_size=chunk_size,
             keep_states=record == "stages",
+            contexts=contexts if recorder is not None else None,
         )
         stretch = min([num_steps - done, *(h - s for h, s in zip(particles.horizons, particles.steps) if h >= 0)])
         before = (particles.params, particles.grads, particles.rule_state)
@@ -274,7 +301,8 @@ def unroll(
         restart(batched, rule, plan, particles, invalid)
     if recorder is None:
         return Segment(losses, initial, valid, None, None, [], stages, starts)
-    return Segment(losses, initial, valid, recorder.inputs, recorder.outputs, recorder.finish(), stages, starts)
+    told = as_particles(torch.stack(contexts), len(particles)) if contexts else None
+    return Segment(losses, initial, valid, recorder.inputs, recorder.outputs, recorder.finish(), stages, starts, told)
 
 
 def _outputs_are_inputs(batched: BatchedFamily) -> bool:

@@ -5,6 +5,7 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+from rule_cases import loud, update_by_hand
 
 from learned_opt.batched import BatchedFamily
 from learned_opt.estimators import Workload
@@ -38,6 +39,21 @@ class NoisyBowl(TaskFamily):
     def loss(self, params, task, batch):
         x = params["x"] + batch["shift"] if self.noise else params["x"]
         return 0.1 + (0.5 * task["h"] * x.square() + 0.1 * x.cos()).sum()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoTensors(NoisyBowl):
+    """The same bowl with its parameters in two tensors."""
+
+    name: ClassVar[str] = "two_tensors"
+    dim: int = 5
+
+    def init_params(self, task, generator):
+        x = super().init_params(task, generator)["x"]
+        return {"one": x[:2], "other": x[2:]}
+
+    def loss(self, params, task, batch):
+        return super().loss({"x": torch.cat([params["one"], params["other"]])}, task, batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +108,9 @@ def workload(rule, family, *, truncation, horizon=None, run_seed=0, random_offse
 
 def theta_of(rule, seed=0):
     """Float64, with the LSTM's read-out enlarged so that its updates matter."""
-    theta = {n: v.double() for n, v in rule.init_theta(torch.Generator().manual_seed(seed)).items()}
-    return {n: v * 10 if n == "output.weight" else v for n, v in theta.items()}
+    generator = torch.Generator().manual_seed(seed)
+    theta = {n: v.double() for n, v in rule.init_theta(generator).items()}
+    return loud({n: v * 10 if n == "output.weight" else v for n, v in theta.items()}, generator)
 
 
 class Arm:
@@ -124,7 +141,8 @@ class Arm:
     def advance(self, theta):
         """One inner step; returns the normalized loss after it, and restarts at the horizon."""
         flat = torch.cat([v.reshape(-1) for v in self.params.values()])
-        update, self.state = self.work.rule.update(theta, self.grad, flat, self.state)
+        sizes = [v.numel() for v in self.params.values()]
+        update, self.state = update_by_hand(self.work.rule, theta, self.grad, flat, self.state, sizes)
         at = 0
         for name, value in self.params.items():
             self.params[name] = value + update[at : at + value.numel()].view_as(value)

@@ -40,6 +40,9 @@ CASES: dict[str, dict] = {
     "nres": {"estimator": ("nres", {"difference": "sign"})},
     "mix": {"estimator": ("mix", {"evolution": "pes"})},
     "imitation": {"estimator": ("imitation", {"share": 0.5, "estimator": "pes"})},
+    "whole tensors": {"rule": "paced"},
+    "whole tensors, exact": {"rule": "paced", "estimator": ("backprop", {"order": 2})},
+    "whole tensors, pes": {"rule": "paced", "estimator": ("pes", {"sigma": 0.02})},
     "imitation alone": {"estimator": ("imitation", {"share": 1.0, "policy": "on"}), "num_particles": 3},
     "curriculum": {"curriculum": Curriculum(horizons=(4, 6), patience=1, min_improvement=10.0), "validation_every": 1},
     "single precision": {"dtype": torch.float32},
@@ -72,10 +75,10 @@ class Fragile(TaskFamily):
 def trainer_of(name: str, ranks: distributed.Ranks = distributed.ALONE) -> MetaTrainer:
     settings = {**BASE, **CASES[name]}
     kind, options = settings.pop("estimator", ("backprop", {}))
-    dtype = settings.pop("dtype", torch.float64)
+    dtype, rule = settings.pop("dtype", torch.float64), settings.pop("rule", "compact")
     families = {"sound": Fragile(dim=4, risk=0.0), "fragile": Fragile()}
     return MetaTrainer(
-        rules.get("compact"),
+        rules.get(rule),
         families,
         MetaTrainerConfig(**settings),
         estimators.get(kind, **options),

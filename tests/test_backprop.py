@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rule_cases import loud, update_by_hand
 
 from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
@@ -22,7 +23,7 @@ FAMILIES = {
 def theta_of(rule, seed=0):
     generator = torch.Generator().manual_seed(seed)
     theta = {n: v.double() for n, v in rule.init_theta(generator).items()}
-    return {n: v * 10 if n == "output.weight" else v for n, v in theta.items()}
+    return loud({n: v * 10 if n == "output.weight" else v for n, v in theta.items()}, generator)
 
 
 def reference(work, theta, ids, num_truncations, second_order):
@@ -71,7 +72,8 @@ def reference(work, theta, ids, num_truncations, second_order):
             losses, initial = [], []
             for _ in range(work.truncation):
                 flat = torch.cat([v.reshape(-1) for v in p["params"].values()])
-                update, p["state"] = work.rule.update(leaves, p["grad"], flat, p["state"])
+                sizes = [v.numel() for v in p["params"].values()]
+                update, p["state"] = update_by_hand(work.rule, leaves, p["grad"], flat, p["state"], sizes)
                 params, at = {}, 0
                 for n, v in p["params"].items():
                     params[n] = v + update[at : at + v.numel()].view_as(v)
@@ -114,3 +116,34 @@ def test_equals_plain_autograd(family_name, rule_name, order):
     for name, want in grads.items():
         torch.testing.assert_close(got.grads[name], want, rtol=1e-8, atol=1e-8 * float(want.abs().max()))
     assert any(want.abs().max() > 0 for want in grads.values())
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_however_it_is_cut_a_rule_that_is_told_of_whole_tensors_has_one_meta_gradient(order):
+    rule = rules.get("paced")
+    theta = theta_of(rule)
+    plan = EpisodePlan(split="meta_train", run_seed=3, horizons=HorizonSchedule(longest=7))
+    work = estimators.Workload(
+        rule=rule,
+        batched=BatchedFamily(FAMILIES["digits_two_layers"], dtype=torch.float64),
+        plan=plan,
+        meta_loss=MetaLoss(),
+        truncation=5,
+    )
+    assert len(work.batched.sizes) == 6
+
+    def gradients(settings, ids):
+        estimator = estimators.get("backprop", order=order, **settings)
+        state = estimator.init(work, theta, ids)
+        return [estimator.estimate(work, theta, state).grads for _ in range(3)]
+
+    want = gradients({}, [0, 1, 2])
+    cuts = [{"recompute": True}, *({"chunk_size": size} for size in (7, 100, 10**6) if order == 1)]
+    found = [gradients(settings, [0, 1, 2]) for settings in cuts]
+    alone = [gradients({}, [i]) for i in range(3)]  # the mean over particles
+    found.append([{n: sum(part[t][n] for part in alone) / 3 for n in theta} for t in range(3)])
+    for got in found:
+        for mine, exact in zip(got, want):
+            for name, value in exact.items():
+                torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-10 * float(value.abs().max()))
+    assert all(value.abs().max() > 0 for value in want[-1].values())

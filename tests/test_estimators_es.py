@@ -5,13 +5,17 @@ import math
 
 import pytest
 import torch
-from estimator_reference import Arm, NoisyBowl, Parabola, reference_estimates, theta_of, workload
+from estimator_reference import Arm, NoisyBowl, Parabola, TwoTensors, reference_estimates, theta_of, workload
 
 from learned_opt import estimators, rules
+from learned_opt.batched import BatchedFamily
 from learned_opt.estimators.antithetic import flatten, perturbations, unflatten
+from learned_opt.rules import build
+from learned_opt.rules.inplace import stepper
 from learned_opt.task import TaskFamily
 
 EVOLUTION = ["es", "pes", "nres"]
+compiler = build._compiler() is not None
 
 
 def run(kind, work, theta, ids, num_truncations, **settings):
@@ -21,19 +25,37 @@ def run(kind, work, theta, ids, num_truncations, **settings):
 
 
 @pytest.mark.parametrize("average", ["mean", "final"])
-@pytest.mark.parametrize("rule_name", ["compact", "adam", "sgd"])
+@pytest.mark.parametrize("rule_name", ["compact", "adam", "sgd", "paced"])
 @pytest.mark.parametrize("kind", EVOLUTION)
 def test_equals_its_definition_with_resets_inside_truncations(kind, rule_name, average):
     rule = rules.get(rule_name)
     theta = theta_of(rule)
     # Horizon 7 with truncation 5 and random offsets: episodes end in the middle of a truncation, at its end, and at
     # different steps.
-    work = workload(rule, NoisyBowl(), truncation=5, horizon=7, run_seed=3, average=average)
+    work = workload(rule, TwoTensors(), truncation=5, horizon=7, run_seed=3, average=average)
     got, _ = run(kind, work, theta, [0, 1, 2, 3, 4, 5], 6, sigma=0.05)
     want = reference_estimates(kind, work, theta, [0, 2, 4], 0.05, 6)
     for estimate, flat in zip(got, want):
         torch.testing.assert_close(flatten(estimate.grads), flat, rtol=1e-8, atol=1e-9 * float(flat.abs().max()))
     assert all(flat.abs().max() > 0 for flat in want)
+
+
+@pytest.mark.parametrize("kind", EVOLUTION)
+def test_compiled_kernels_give_the_numbers_of_plain_torch(kind, monkeypatch):
+    """A rule that is told of whole tensors steps in a kernel of its own with one theta per arm."""
+    rule = rules.get("paced")
+    theta = {n: v.float() for n, v in theta_of(rule).items()}
+    work = workload(rule, TwoTensors(), truncation=5, horizon=7)
+    work = dataclasses.replace(work, batched=BatchedFamily(TwoTensors()))
+    results = []
+    for native in ("0", "1"):
+        monkeypatch.setenv("LEARNED_OPT_NATIVE", native)
+        assert (stepper(rule, {n: v[None] for n, v in theta.items()}) is not None) == (native == "1") or not compiler
+        results.append(run(kind, work, theta, range(6), 4, sigma=0.1)[0])
+    for plain, compiled in zip(*results):
+        assert compiled.meta_loss == pytest.approx(plain.meta_loss, rel=1e-4)
+        want = flatten(plain.grads)
+        torch.testing.assert_close(flatten(compiled.grads), want, rtol=1e-3, atol=2e-3 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("kind", EVOLUTION)

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
-from estimator_reference import Arm, NoisyBowl, theta_of, workload
+from estimator_reference import Arm, NoisyBowl, TwoTensors, theta_of, workload
+from rule_cases import update_by_hand
 
 from learned_opt import estimators, rules
 from learned_opt.estimators.antithetic import flatten, unflatten
 
-STUDENTS = ["compact", "rnnprop", "l2l", "adam", "sgd"]
+STUDENTS = ["compact", "rnnprop", "l2l", "adam", "sgd", "paced"]
+TEACHERS = {"adam": {"lr": 0.05}, "paced": {"output_scale": 0.05, "growth": 0.5}}
 
 
 def reference_truncations(work, theta, teacher, policy, particles, num_truncations):
@@ -24,7 +26,8 @@ def reference_truncations(work, theta, teacher, policy, particles, num_truncatio
     for _ in range(num_truncations):
         pieces = []  # (student's state at the start, [(gradient, parameters)], [teacher's update])
         for arm in arms:
-            size = sum(v.numel() for v in arm.params.values())
+            sizes = [v.numel() for v in arm.params.values()]
+            size = sum(sizes)
             piece = None
             for _ in range(work.truncation):
                 flat = torch.cat([v.reshape(-1) for v in arm.params.values()])
@@ -35,23 +38,24 @@ def reference_truncations(work, theta, teacher, policy, particles, num_truncatio
                 if piece is None:
                     piece = (arm.student, [], [])
                     pieces.append(piece)
-                goal, arm.taught = teacher.update(teacher_theta, arm.grad, flat, arm.taught)
-                update, arm.student = work.rule.update(theta, arm.grad, flat, arm.student)
+                goal, arm.taught = update_by_hand(teacher, teacher_theta, arm.grad, flat, arm.taught, sizes)
+                update, arm.student = update_by_hand(work.rule, theta, arm.grad, flat, arm.student, sizes)
                 piece[1].append((arm.grad, flat))
                 piece[2].append(goal)
                 # Let the arm move by the chosen update: its own rule is not asked.
                 move = goal if policy == "off" else update
-                arm.params = {"x": arm.params["x"] + move}
+                parts = zip(arm.params.items(), move.split(sizes))
+                arm.params = {n: v + part for (n, v), part in parts}
                 arm.step += 1
                 _, arm.grad = arm.evaluate()
                 if arm.step == arm.horizon:
                     arm.start(arm.episode + 1)
 
-        def loss(at, pieces=pieces):
+        def loss(at, pieces=pieces, sizes=sizes):
             error, norm = 0.0, 0.0
             for state, seen, goals in pieces:
                 for (grad, flat), goal in zip(seen, goals):
-                    update, state = work.rule.update(at, grad, flat, state)
+                    update, state = update_by_hand(work.rule, at, grad, flat, state, sizes)
                     error = error + (update - goal).square().sum()
                     norm = norm + goal.square().sum()
             return error / norm
@@ -61,15 +65,17 @@ def reference_truncations(work, theta, teacher, policy, particles, num_truncatio
 
 
 @pytest.mark.parametrize("policy", ["off", "on"])
+@pytest.mark.parametrize("teacher_name", list(TEACHERS))
 @pytest.mark.parametrize("rule_name", STUDENTS)
-def test_equals_autograd_of_the_auxiliary_loss(rule_name, policy):
+def test_equals_autograd_of_the_auxiliary_loss(rule_name, teacher_name, policy):
     rule = rules.get(rule_name)
-    theta = theta_of(rule)
-    teacher = rules.get("adam", lr=0.05)
-    work = workload(rule, NoisyBowl(), truncation=5, horizon=7, run_seed=4)
-    estimator = estimators.get(
-        "imitation", teacher="adam", teacher_settings={"lr": 0.05}, policy=policy, share=1.0, weight=2.5
-    )
+    theta, settings = theta_of(rule), TEACHERS[teacher_name]
+    teacher = rules.get(teacher_name, **settings)
+    work = workload(rule, TwoTensors(), truncation=5, horizon=7, run_seed=4)
+    taught = {"teacher": teacher_name, "teacher_settings": settings}
+    if teacher_name == "paced":
+        taught["teacher_theta"] = teacher.init_theta(torch.Generator().manual_seed(0))
+    estimator = estimators.get("imitation", policy=policy, share=1.0, weight=2.5, **taught)
     state = estimator.init(work, theta, range(3))
     for loss in reference_truncations(work, theta, teacher, policy, range(3), 5):
         got = estimator.estimate(work, theta, state)
@@ -86,12 +92,13 @@ def test_equals_autograd_of_the_auxiliary_loss(rule_name, policy):
         assert float(want @ direction) == pytest.approx(float(difference), rel=1e-4, abs=1e-7)
 
 
-def test_chunks_do_not_change_the_gradient(monkeypatch):
+@pytest.mark.parametrize("rule_name", ["compact", "paced"])
+def test_chunks_do_not_change_the_gradient(rule_name, monkeypatch):
     from learned_opt.estimators import imitation
 
-    rule = rules.get("compact")
+    rule = rules.get(rule_name)
     theta = theta_of(rule)
-    work = workload(rule, NoisyBowl(), truncation=5, horizon=7)
+    work = workload(rule, TwoTensors(), truncation=5, horizon=7)
     results = []
     for chunk in (2048, 4):
         monkeypatch.setattr(imitation, "fitting_chunk", lambda rule, chunk=chunk: 2 * chunk)

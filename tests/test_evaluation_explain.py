@@ -115,7 +115,9 @@ def test_a_recorded_run_replays_to_the_updates_that_were_made(name):
     rule, theta = optimizer(name)
     found = trace(rule, theta, Regression(), 12, num_tasks=3, num_coordinates=7)
     assert found.gradients.shape == (12, 7) and found.losses.shape == (13,)
-    np.testing.assert_allclose(replay(rule, theta, found.gradients).updates, found.updates, rtol=1e-6, atol=1e-12)
+    again = replay(rule, theta, found.gradients, found.context)
+    np.testing.assert_allclose(again.updates, found.updates, rtol=1e-6, atol=1e-12)
+    assert (found.context is None) == (rule.num_context == 0)
 
 
 def test_a_recorded_run_has_the_gradients_of_the_closed_form():

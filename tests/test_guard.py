@@ -14,6 +14,7 @@ from learned_opt import Artifact, LearnedOptimizer, rules
 from learned_opt.guard import GuardConfig, Watch
 
 SAYS_SO = "the learned optimizer made no progress here or made the loss worse; Adam takes over for a stretch"
+LEARNED = [*LSTM_NAMES, "mixture", "paced"]
 
 
 def wild() -> Artifact:
@@ -114,7 +115,7 @@ HOSTILE = {
 
 
 @pytest.mark.filterwarnings(f"ignore:{SAYS_SO}")
-@pytest.mark.parametrize("artifact", [*map(artifact_of, LSTM_NAMES), wild()], ids=lambda a: a.name)
+@pytest.mark.parametrize("artifact", [*map(artifact_of, LEARNED), wild()], ids=lambda a: a.name)
 @pytest.mark.parametrize("task", list(HOSTILE))
 def test_hostile_tasks(task, artifact):
     # Steps lost to finding out count most while the loss falls steeply: give the slowest such task time to level off.
@@ -132,7 +133,7 @@ def test_without_the_guard_the_wild_optimizer_diverges():
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02])
-@pytest.mark.parametrize("name", LSTM_NAMES)
+@pytest.mark.parametrize("name", LEARNED)
 def test_changes_no_bit_where_all_goes_well(name, noise):
     outcomes = []
     for guard in (False, True):

@@ -120,6 +120,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "learned_opt.particles": (
         "learned_opt.batched",
         "learned_opt.rules.base",
+        "learned_opt.rules.context",
         "learned_opt.task",
         "learned_opt.truncation",
     ),
@@ -127,6 +128,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "learned_opt.batched",
         "learned_opt.particles",
         "learned_opt.rules.base",
+        "learned_opt.rules.context",
         "learned_opt.rules.inplace",
         "learned_opt.task",
     ),

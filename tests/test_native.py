@@ -9,17 +9,20 @@ from pathlib import Path
 import fork_server
 import pytest
 import torch
+from rule_cases import arguments, in_dtype, rows_of, told
 
 from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
 from learned_opt.meta_loss import MetaLoss
 from learned_opt.particles import EpisodePlan
 from learned_opt.rules import UpdateRule, build, native, slice_coordinates
+from learned_opt.rules.context import TensorLayout, context
 from learned_opt.rules.inplace import stepper, update_
 from learned_opt.truncation import HorizonSchedule
 from tasks.quadratic import Quadratic
 
 VARIANTS = {name: (name, {}) for name in rules.RULES if hasattr(rules.get(name), "native_kernel")} | {
+    "growing": ("mixture", {"growth": 0.2}),
     "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 5, "dense_units": 3, "output_tanh": False}),
     "three_layers_log": (
         "lstm",
@@ -82,8 +85,11 @@ def test_a_step_is_the_rules(rule, count):
             state["step"] = torch.zeros(1) if count == "shared" else torch.arange(n) % 7.0
         step, untouched, largest = stepper(rule, theta), state, torch.zeros(n)
         for grads in grads_of(n):
-            want, want_state = rule.update(double(theta), grads.double(), torch.zeros(n).double(), double(state))
-            got, state = step(grads, torch.zeros(n), state, False)
+            say = told(rule, n)
+            want, want_state = rule.update(
+                double(theta), grads.double(), torch.zeros(n).double(), double(state), *rows_of(say, n)
+            )
+            got, state = step(grads, torch.zeros(n), state, False, say)
             torch.testing.assert_close(got.double(), want, **ROUNDING)
             largest = torch.maximum(largest, grads.abs())
             for name, value in want_state.items():  # what an average has seen can cancel
@@ -115,10 +121,15 @@ def test_in_place_and_between_other_coordinates_the_bits_are_the_same(rule):
 
 def test_rows_that_lie_unevenly_are_copied(rule):
     theta, n = theta_of(rule), 10
-    want, want_state = stepper(rule, theta)(grads_of(n)[0], torch.zeros(n), started(rule, theta, n), False)
-    state = {name: v.movedim(-1, 0).contiguous().movedim(0, -1) for name, v in started(rule, theta, n).items()}
-    got, state = stepper(rule, theta)(grads_of(n)[0], torch.zeros(n), state, True)
-    assert torch.equal(got, want) and all(torch.equal(state[name], v) for name, v in want_state.items())
+    want_state = started(rule, theta, n)
+    state = {name: v.movedim(-1, 0).contiguous().movedim(0, -1) for name, v in want_state.items()}
+    if "step" in state:
+        state["step"] = torch.stack([state["step"]] * 2, -1)[:, 0]
+    step, in_place = (stepper(rule, theta) for _ in range(2))
+    for grads in grads_of(n):  # in place again and again
+        want, want_state = step(grads, torch.zeros(n), want_state, False)
+        got, state = in_place(grads, torch.zeros(n), state, True)
+        assert torch.equal(got, want) and all(torch.equal(state[name], v) for name, v in want_state.items())
     one_number = torch.tensor(0.5).expand(n)
     want, _ = stepper(rule, theta)(one_number.clone(), torch.zeros(n), rule.init_state(n), False)
     got, _ = stepper(rule, theta)(one_number, torch.zeros(n), rule.init_state(n), False)
@@ -141,6 +152,25 @@ def test_several_sets_of_theta_side_by_side(rule):
             assert all(torch.equal(mine[name], v) for name, v in alone[k].items())
 
 
+@pytest.mark.parametrize("name", ["compact", "rnnprop", "l2l"])
+def test_several_sets_of_theta_without_a_kernel(name, monkeypatch):
+    monkeypatch.setenv("LEARNED_OPT_NATIVE", "0")
+    rule, n = rules.get(name), 33
+    thetas = [theta_of(rule, seed) for seed in range(3)]
+    together = stepper(rule, {name: torch.stack([theta[name] for theta in thetas]) for name in thetas[0]}, 3)
+    state, grads = started(rule, thetas[0], 3 * n), grads_of(3 * n)
+    alone = [slice_coordinates(state, k * n, (k + 1) * n) for k in range(3)]
+    for row in grads:
+        got, state = together(row, row, state, False)
+        for k, theta in enumerate(thetas):
+            part = row[k * n : (k + 1) * n]
+            want, alone[k] = rule.update(theta, part, part, alone[k])
+            torch.testing.assert_close(got[k * n : (k + 1) * n], want, **ROUNDING)
+            mine = slice_coordinates(state, k * n, (k + 1) * n)
+            for name, value in alone[k].items():
+                torch.testing.assert_close(mine[name], value, **ROUNDING)
+
+
 @pytest.mark.parametrize("num_steps", [1, 3, 20, 40])
 def test_backward_is_autograds(rule, num_steps):
     theta = theta_of(rule)
@@ -148,9 +178,16 @@ def test_backward_is_autograds(rule, num_steps):
         whole = started(rule, theta, n + 30)
         state = slice_coordinates(whole, 13, 13 + n)
         grads, loss_grads = grads_of(n + 5, num_steps)[:, 2 : 2 + n], grads_of(n, num_steps, seed=5).flip(1)
-        got = rule.backward(theta, grads, torch.zeros(n), state, loss_grads)
+        say = told(rule, n, num_steps)
+        got = rule.backward(theta, grads, torch.zeros(n), state, loss_grads, *arguments(say))
         want = UpdateRule.backward(
-            rule, double(theta), grads.double(), torch.zeros(n).double(), double(state), loss_grads.double()
+            rule,
+            double(theta),
+            grads.double(),
+            torch.zeros(n).double(),
+            double(state),
+            loss_grads.double(),
+            *arguments(in_dtype(say, torch.float64)),
         )
         assert_close_to_largest(got, want, 5e-5)
         assert all(v.abs().max() > 0 for v in want.values())
@@ -161,6 +198,7 @@ def test_vjp_is_autograds(rule):
     for n in (1, 33, 600):
         state, grads, d_update = started(rule, theta, n), grads_of(n)[0] + 0.1, torch.randn(n, generator=generator)
         d_state = {name: torch.randn(v.shape, generator=generator) for name, v in state.items()}
+        layout = (TensorLayout((n // 3, n - n // 3)) if n > 1 else TensorLayout((1,)),) if rule.num_context else ()
         want = UpdateRule.vjp(
             rule,
             double(theta),
@@ -169,8 +207,9 @@ def test_vjp_is_autograds(rule):
             double(state),
             d_update.double(),
             double(d_state),
+            *layout,
         )
-        got = rule.vjp(theta, grads, torch.zeros(n), state, d_update, d_state)
+        got = rule.vjp(theta, grads, torch.zeros(n), state, d_update, d_state, *layout)
         assert_close_to_largest(got[0], want[0], 5e-5)
         assert_close_to_largest({"grads": got[1], "params": got[2]}, {"grads": want[1], "params": want[2]}, 2e-4)
         assert_close_to_largest(got[3], want[3], 2e-4)
@@ -439,3 +478,67 @@ def test_a_compiler_that_never_ends(source, cache, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_PATIENCE", 0.05)
     with pytest.warns(build.NativeWarning, match="timed out"):
         assert build.load(source, ["-DANSWER=42"]) is None
+
+
+def test_sums_over_tensors():
+    rule = rules.get("mixture", growth=0.2)
+    theta, sizes = theta_of(rule), (1, 3000, 40, 7)
+    n = 2 * sum(sizes)
+    state, grads = started(rule, theta, n), grads_of(n)[0]
+    layout = TensorLayout(sizes, 2)
+    state["v"][:, 5:9], state["m"][:, 5:9], grads[5:9] = 0.0, 0.0, 0.0
+    want = rule.context_of(layout.sums(rule.context_terms(grads.double(), double(state))))
+    got = context(rule, grads, state, layout)
+    torch.testing.assert_close(got.values.double(), want, rtol=1e-4, atol=1e-5)
+    whole = grads.clone()
+    grads[20:24] = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38])
+    spoiled = context(rule, grads, state, layout).values
+    whole[20:24], state["m"][:, 20:24] = 0.0, 0.0
+    assert spoiled.isfinite().all()
+    torch.testing.assert_close(spoiled, context(rule, whole, state, layout).values, rtol=1e-4, atol=1e-5)
+
+
+def test_threads_and_neighbours_change_no_bit_of_the_sums():
+    rule = rules.get("paced")
+    theta, sizes = theta_of(rule), (3, 2000, 1, 9000, 33)
+    n = sum(sizes)
+    state, grads = started(rule, theta, n), grads_of(n)[0]
+    num_threads, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(rule.context_sums(grads, state, TensorLayout(sizes)))
+    finally:
+        torch.set_num_threads(num_threads)
+    start = 0
+    for k, size in enumerate(sizes):
+        mine, stop = slice_coordinates(state, start, start + size), start + size
+        alone = rule.context_sums(grads[start:stop], mine, TensorLayout((size,)))
+        assert all(torch.equal(found[:, k], alone[:, 0]) for found in results)
+        start = stop
+    assert results[0].dtype == torch.float64
+
+
+def test_what_has_grown_is_held_within_its_bound():
+    rule = rules.get("mixture", growth=1.0)
+    theta, n = theta_of(rule), 64
+    theta["output.bias"][-1] = torch.tensor(5.0)
+    for sign in (1.0, -1.0):
+        theta["output.bias"][-1] *= sign
+        state = {**started(rule, theta, n), "log_size": torch.full((n,), sign * 11.5)}
+        grads, loss_grads = grads_of(n, 3), grads_of(n, 3, seed=5).flip(1)
+        got = rule.backward(theta, grads, torch.zeros(n), state, loss_grads, told(rule, n, 3))
+        say = told(rule, n, 3)
+        want = UpdateRule.backward(
+            rule,
+            double(theta),
+            grads.double(),
+            torch.zeros(n).double(),
+            double(state),
+            loss_grads.double(),
+            in_dtype(say, torch.float64),
+        )
+        assert_close_to_largest(got, want, 5e-5)
+        for grad in grads:
+            _, state = stepper(rule, theta)(grad, torch.zeros(n), state, False, told(rule, n))
+        assert (state["log_size"][2:] == sign * 12).all()

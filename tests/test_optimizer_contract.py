@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -19,12 +20,14 @@ from optimizer_cases import (
     model_of,
     train,
 )
+from rule_cases import update_by_hand
 from torch import nn
 from torch.optim import lr_scheduler
 
 from learned_opt import LearnedOptimizer, rules
 from learned_opt.batched import BatchedFamily
 from learned_opt.particles import EpisodePlan, start_particles
+from learned_opt.rules import build
 from learned_opt.unroll import inner_steps, learned_move
 from tasks.quadratic import Quadratic
 
@@ -58,7 +61,7 @@ def test_applies_the_pure_rule(name, chunk_size):
     for step in range(6):
         grads_of(model, step)
         grads = torch.cat([p.grad.reshape(-1) for p in params])
-        update, state = artifact.rule.update(theta, grads, flat, state)
+        update, state = update_by_hand(artifact.rule, theta, grads, flat, state, [p.numel() for p in params])
         flat = flat + update
         optimizer.step()
     assert_same([torch.cat([p.reshape(-1) for p in params])], [flat], exact=False, rtol=1e-12, atol=1e-14)
@@ -68,6 +71,79 @@ def test_applies_the_pure_rule(name, chunk_size):
             want = state[block][tuple(map(int, index))][: params[0].numel()] if index else state[block][:12]
             want = want[0] if key == "step" else want.view_as(params[0])
             assert_same([got.double()], [want.double()], exact=False, rtol=1e-12, atol=1e-14)
+
+
+SHAPES = [(3,), (300, 400), (5000,), (1,), (17000,)]
+
+
+def steps_of(name, *, dtype=torch.float32, guard=False, **kwargs):
+    """Parameters and state after some steps on tensors of very different sizes; a few gradients are zero."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    optimizer = LearnedOptimizer(params, ARTIFACTS[name], guard=guard, **kwargs)
+    for _ in range(4):
+        for k, param in enumerate(params):
+            sizes = torch.logspace(-4, 2, param.numel()).view(param.shape)
+            grad = torch.randn(param.shape, generator=generator) * sizes + sizes * (k % 2)
+            param.grad = torch.where(grad.abs() < 1e-5, 0.0, grad).to(dtype)
+        optimizer.step(**({"loss": 1.0} if guard else {}))
+    return params, optimizer.state
+
+
+@pytest.mark.skipif(build._compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("dtype", "state_dtype"), [(torch.float32, None), (torch.bfloat16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("name", ["paced", "compact"])
+def test_chunk_size_changes_no_bit(name, dtype, state_dtype):
+    want, want_state = steps_of(name, dtype=dtype, state_dtype=state_dtype)
+    for settings in ({"chunk_size": 777}, {"chunk_size": 30000}, {"chunk_size": 10**6}, {"guard": True}):
+        got, got_state = steps_of(name, dtype=dtype, state_dtype=state_dtype, **settings)
+        if not settings.get("guard"):
+            assert_same(got, want)
+        for mine, other in zip(got, want):
+            keys = [key for key in want_state[other] if key != "step"]
+            assert_same([got_state[mine][key] for key in keys], [want_state[other][key] for key in keys])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 777, 10**6])
+@pytest.mark.usefixtures("kernels")
+def test_a_rule_is_told_of_every_parameter_by_itself(chunk_size):
+    """In float32, large parameters and small ones that share a chunk, against one tensor at a time in float64."""
+    artifact, generator = ARTIFACTS["paced"], torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    sizes, n = [p.numel() for p in params], sum(p.numel() for p in params)
+    optimizer = LearnedOptimizer(params, artifact, chunk_size=chunk_size)
+    theta = {name: value.double() for name, value in artifact.theta.items()}
+    flat, state = torch.zeros(n).double(), artifact.rule.init_state(n, dtype=torch.float64)
+    for _ in range(4):
+        grads = torch.randn(n, generator=generator) * torch.logspace(-4, 2, n) + 0.01
+        for param, grad in zip(params, grads.split(sizes)):
+            param.grad = grad.view(param.shape)
+        optimizer.step()
+        update, state = update_by_hand(artifact.rule, theta, grads.double(), flat, state, sizes)
+        flat = flat + update
+    got = torch.cat([param.detach().reshape(-1) for param in params]).double()
+    torch.testing.assert_close(got, flat, rtol=1e-4, atol=1e-6)
+    grown = [optimizer.state[param]["log_size"].double().reshape(-1) for param in params]
+    torch.testing.assert_close(torch.cat(grown), state["log_size"], rtol=1e-4, atol=1e-6)
+    assert len({round(float(part[0]), 4) for part in grown}) == len(SHAPES)  # each has a pace of its own
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_gradient_that_is_not_finite_is_kept_from_the_other_coordinates():
+    """What a rule is told of a tensor leaves out what is not a number, also under the guard, which then skips."""
+    params = [nn.Parameter(torch.ones(40)) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    optimizers = [LearnedOptimizer([param], ARTIFACTS["paced"]) for param in params]
+    for step in range(3):
+        for param, optimizer in zip(params, optimizers):
+            param.grad = torch.randn(40, generator=generator.manual_seed(step))
+            param.grad[7] = 0.0
+            if step == 1 and param is params[0]:
+                param.grad[7] = math.nan
+            optimizer.step()
+    sound = torch.arange(40) != 7
+    assert_same([params[0][sound]], [params[1][sound]])
+    assert params[0][7].isnan() and params[0].detach().isnan().sum() == 1
 
 
 @pytest.mark.parametrize("name", RULE_NAMES)
@@ -495,7 +571,7 @@ def test_schedulers_give_the_same_lr_as_for_adam(make, build):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by dynamo, on first use
-@pytest.mark.parametrize(("name", "lr"), [("compact", 1.0), ("l2l", 0.5), ("adam", 0.5)])
+@pytest.mark.parametrize(("name", "lr"), [("compact", 1.0), ("l2l", 0.5), ("adam", 0.5), ("paced", 0.5)])
 def test_compiles_without_a_graph_break(name, lr):
     lr = torch.tensor(lr) if lr != 1 else lr
 

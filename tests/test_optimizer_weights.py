@@ -12,7 +12,8 @@ from optimizer_cases import RULE_NAMES, artifact_of, assert_same, assert_same_st
 from torch import nn
 
 from learned_opt import Artifact, LearnedOptimizer, artifact, rules, save_artifact
-from learned_opt.coordinates import Block, default_chunk_size
+from learned_opt.blocks import Block
+from learned_opt.coordinates import default_chunk_size
 from learned_opt.rules.inplace import update_
 
 COMPACT, RNNPROP = artifact_of("compact"), artifact_of("rnnprop")

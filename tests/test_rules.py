@@ -1,20 +1,28 @@
-"""One contract for every update rule, and each rule against what it claims to be."""
+"""One contract for every update rule, and each rule against what it claims to be.
+
+Rules that are told of whole parameter tensors are told something made up here, and of their own tensors where that is
+what a test is about.
+"""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from rule_cases import agreement_by_hand, in_dtype, loud, told, update_by_hand
 
 from learned_opt import rules
 from learned_opt.rules import UpdateRule, chunked_update, lstm_torch, slice_coordinates
-from learned_opt.rules.features import log_and_sign, normalized
+from learned_opt.rules.context import Context, TensorLayout, context, joined
+from learned_opt.rules.features import agreement, agreement_terms, log_and_sign, normalized
 
 RULES = list(rules.RULES)
 VARIANTS = {name: (name, {}) for name in RULES} | {
     "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 2}),
     "dense_log": ("lstm", {"inputs": "log_and_sign", "dense_units": 3, "output_tanh": False}),
     "no_momentum": ("lstm", {"beta": 0.0, "output_scale": 2.0}),
+    "growing": ("mixture", {"growth": 0.1}),
+    "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
 N, STEPS = 11, 6
 
@@ -38,14 +46,25 @@ def grads_of(num_steps=STEPS, n=N, dtype=torch.float64, seed=1):
     return (torch.randn(num_steps, n, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
-def run(rule, theta, grads, state=None, params=None):
+def context_of(rule, grads):
+    """What `backward` takes beside gradients [steps, n]: made-up context of every step, or nothing."""
+    return in_dtype(told(rule, grads.shape[1], len(grads)), grads.dtype)
+
+
+def rows_of(rule, grads):
+    """The same for `update`, step by step: [steps, num_context, n] of one argument, or of none."""
+    context = context_of(rule, grads)
+    return [()] * len(grads) if context is None else [(rows,) for rows in context.rows(grads.shape[1])]
+
+
+def run(rule, theta, grads, state=None, params=None, rows=None):
     """(updates [steps, n], final state)."""
     n = grads.shape[1]
     state = rule.init_state(n, dtype=grads.dtype) if state is None else state
     params = torch.linspace(-1, 1, n, dtype=grads.dtype) if params is None else params
     updates = []
-    for grad in grads:
-        update, state = rule.update(theta, grad, params, state)
+    for grad, more in zip(grads, rows_of(rule, grads) if rows is None else rows):
+        update, state = rule.update(theta, grad, params, state, *more)
         params = params + update
         updates.append(update)
     return torch.stack(updates), state
@@ -61,9 +80,12 @@ def test_pure(rule):
     _, state = run(rule, theta, grads)
     inputs = [*theta.values(), grads, params, *state.values()]
     copies = [x.clone() for x in inputs]
-    update, new_state = rule.update(theta, grads[0], params, state)
-    again, again_state = rule.update(theta, grads[0], params, state)
-    rule.backward(theta, grads, params, state, grads.flip(0))
+    rows = rows_of(rule, grads)
+    inputs += rows[0]
+    copies += [x.clone() for x in rows[0]]
+    update, new_state = rule.update(theta, grads[0], params, state, *rows[0])
+    again, again_state = rule.update(theta, grads[0], params, state, *rows[0])
+    rule.backward(theta, grads, params, state, grads.flip(0), context_of(rule, grads))
     assert all(torch.equal(x, y) for x, y in zip(inputs, copies))
     assert torch.equal(update, again)
     assert all(torch.equal(v, again_state[n]) for n, v in new_state.items())
@@ -76,15 +98,18 @@ def test_coordinatewise(rule):
     theta, grads = theta_of(rule), grads_of()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(2))
     params = torch.linspace(-1, 1, N, dtype=torch.float64)
+    rows = rows_of(rule, grads)
     updates, state = run(rule, theta, grads, params=params)
-    shuffled, shuffled_state = run(rule, theta, grads[:, order], params=params[order])
+    shuffled, shuffled_state = run(
+        rule, theta, grads[:, order], params=params[order], rows=[tuple(x[:, order] for x in more) for more in rows]
+    )
     torch.testing.assert_close(shuffled, updates[:, order], rtol=1e-12, atol=1e-14)
     for name, value in state.items():
         torch.testing.assert_close(shuffled_state[name], value[..., order], rtol=1e-12, atol=1e-14)
     # What happens elsewhere does not reach a coordinate.
     others = grads.clone()
     others[:, 3:] = 7.0
-    alone, _ = run(rule, theta, others, params=params)
+    alone, _ = run(rule, theta, others, params=params, rows=[tuple(x * (torch.arange(N) < 3) for x in r) for r in rows])
     torch.testing.assert_close(alone[:, :3], updates[:, :3], rtol=1e-12, atol=1e-14)
     assert updates.abs().min() > 0
 
@@ -93,8 +118,9 @@ def test_coordinatewise(rule):
 def test_chunks_give_the_same_numbers(rule, chunk_size):
     theta, grads, params = theta_of(rule), grads_of(), torch.zeros(N, dtype=torch.float64)
     _, state = run(rule, theta, grads)
-    want, want_state = rule.update(theta, grads[0], params, state)
-    got, got_state = chunked_update(rule, theta, grads[0], params, state, chunk_size=chunk_size)
+    say = in_dtype(told(rule, N), torch.float64)
+    want, want_state = rule.update(theta, grads[0], params, state, *(() if say is None else (say.rows(N),)))
+    got, got_state = chunked_update(rule, theta, grads[0], params, state, chunk_size=chunk_size, context=say)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
     assert got_state.keys() == want_state.keys()
     for name, value in want_state.items():
@@ -122,8 +148,8 @@ def test_coordinates_without_gradient_never_move(rule):
     assert (updates[:, [0, 4]] == 0).all() and updates[:, [1, 2, 3]].abs().min() > 0
     # They are as good as new: the first gradient moves them as the first gradient moves anything.
     assert all(torch.isfinite(v).all() for v in state.values())
-    nothing, _ = run(rule, theta, torch.zeros(STEPS, N, dtype=torch.float64))
-    assert (nothing == 0).all()
+    nothing, state = run(rule, theta, torch.zeros(STEPS, N, dtype=torch.float64))
+    assert (nothing == 0).all() and all((v == 0).all() for n, v in state.items() if n == "log_size")
     # The meta-gradient of what never moves is zero, and finite: the root of zero has an infinite slope.
     back = rule.backward(
         theta,
@@ -131,6 +157,7 @@ def test_coordinates_without_gradient_never_move(rule):
         torch.zeros(N),
         rule.init_state(N, dtype=torch.float64),
         grads[:3],
+        context_of(rule, grads[:3]),
     )
     assert all((v == 0).all() for v in back.values())
 
@@ -147,7 +174,7 @@ def test_shapes_and_dtypes(rule, dtype):
     assert all(new_state[n].shape == v.shape and new_state[n].dtype == dtype for n, v in state.items())
     if "step" in new_state:
         assert (new_state["step"] == STEPS).all()
-    back = rule.backward(theta, grads, torch.zeros(N, dtype=dtype), state, grads)
+    back = rule.backward(theta, grads, torch.zeros(N, dtype=dtype), state, grads, context_of(rule, grads))
     assert back.keys() == theta.keys()
     assert all(back[n].shape == v.shape and back[n].dtype == dtype for n, v in theta.items())
     rows = sum(v.numel() // N for n, v in state.items() if n != "step")
@@ -188,7 +215,7 @@ def test_finite_for_gradients_of_any_size(rule):
         assert torch.isfinite(updates).all()
         assert all(torch.isfinite(v).all() for v in state.values())
         loss_grads = torch.randn(30, 49, generator=generator)
-        back = rule.backward(theta, grads, torch.zeros(49), rule.init_state(49), loss_grads)
+        back = rule.backward(theta, grads, torch.zeros(49), rule.init_state(49), loss_grads, context_of(rule, grads))
         assert all(torch.isfinite(v).all() for v in back.values())
         if rule.kind != "sgd" and "learning_rate" not in theta:
             bound = rule.settings().get("output_scale", rule.settings().get("lr", 1e-3))
@@ -202,9 +229,11 @@ def test_vmap_over_theta(rule):
     grads, params = grads_of(), torch.zeros(N, dtype=torch.float64)
     _, state = run(rule, thetas[0], grads)
     stacked = {n: torch.stack([theta[n] for theta in thetas]) for n in thetas[0]}
-    updates, states = torch.func.vmap(rule.update, in_dims=(0, None, None, None))(stacked, grads[0], params, state)
+    rows = rows_of(rule, grads)[0]
+    together = torch.func.vmap(rule.update, in_dims=(0, *[None] * (3 + len(rows))))
+    updates, states = together(stacked, grads[0], params, state, *rows)
     for i, theta in enumerate(thetas):
-        want, want_state = rule.update(theta, grads[0], params, state)
+        want, want_state = rule.update(theta, grads[0], params, state, *rows)
         torch.testing.assert_close(updates[i], want, rtol=1e-12, atol=1e-14)
         for name, value in want_state.items():
             torch.testing.assert_close(states[name][i], value, rtol=1e-12, atol=1e-14)
@@ -218,21 +247,23 @@ def test_backward_equals_autograd(rule):
     _, state = run(rule, theta, grads_of(seed=9))
     for begin in (rule.init_state(N, dtype=torch.float64), state):
         params = torch.linspace(-1, 1, N, dtype=torch.float64)
-        got = rule.backward(theta, grads, params, begin, loss_grads)
-        want = UpdateRule.backward(rule, theta, grads, params, begin, loss_grads)
+        say = context_of(rule, grads)
+        got = rule.backward(theta, grads, params, begin, loss_grads, say)
+        want = UpdateRule.backward(rule, theta, grads, params, begin, loss_grads, say)
         for name, value in want.items():
             torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-11 * float(value.abs().max()))
             assert value.abs().max() > 0
 
 
 def test_one_step_back_equals_autograd(rule):
-    theta = theta_of(rule)
+    theta, layout = theta_of(rule), TensorLayout((4, N - 4))
     state, generator = rule.init_state(N, dtype=torch.float64), torch.Generator().manual_seed(4)
     for grad in grads_of():
         d_update = torch.randn(N, generator=generator, dtype=torch.float64)
         d_state = {n: torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in state.items()}
-        want = UpdateRule.vjp(rule, theta, grad, torch.zeros_like(grad), state, d_update, d_state)
-        got = rule.vjp(theta, grad, torch.zeros_like(grad), state, d_update, {n: v.clone() for n, v in d_state.items()})
+        want = UpdateRule.vjp(rule, theta, grad, torch.zeros_like(grad), state, d_update, d_state, layout)
+        copied = {n: v.clone() for n, v in d_state.items()}
+        got = rule.vjp(theta, grad, torch.zeros_like(grad), state, d_update, copied, layout)
         for one, other in zip(got, want):  # without memory, autograd has no derivative for the step count
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, equal_nan=True)
         state = rule.update(theta, grad, torch.zeros_like(grad), state)[1]
@@ -260,7 +291,7 @@ def test_backward_equals_finite_differences(rule):
         updates, _ = run(rule, theta, grads, state, params)
         return float(((params + updates.cumsum(0)) * loss_grads).sum())
 
-    got = rule.backward(theta, grads, params, state, loss_grads)
+    got = rule.backward(theta, grads, params, state, loss_grads, context_of(rule, grads))
     generator = torch.Generator().manual_seed(7)
     for name, tensor in theta.items():
         for index in torch.randperm(tensor.numel(), generator=generator)[:4].tolist():
@@ -416,6 +447,246 @@ def test_normalized_inputs_do_not_see_the_scale(name, scale):
     torch.testing.assert_close(scaled_state["v"], state["v"] * scale**2, rtol=1e-12, atol=0)
 
 
+# --- what a rule is told of whole tensors ---
+
+
+def numpy_agreement(config, grads):
+    """[steps, 4] for gradients [steps, n] of one tensor: averages as weighted sums over the past, then cosines."""
+    g, out = np.asarray(grads, dtype=np.float64), []
+
+    def average(values, beta):
+        weights = (1 - beta) * beta ** np.arange(len(values) - 1, -1, -1, dtype=np.float64)
+        return (weights[:, None] * values).sum(0)
+
+    for t in range(len(g)):
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            root = np.sqrt(average(g[: t + 1] ** 2, config["square"]))
+            vectors = [g[t] / root] + [average(g[:t], config[name]) / root for name in ("fast", "medium", "slow")]
+        sound = np.isfinite(np.stack(vectors)).all(0) & (root < np.inf)
+        now, *averages = (vector[sound] for vector in vectors)
+        pairs = [*((now, other) for other in averages), (averages[0], averages[2])]
+        norms = [np.linalg.norm(x) * np.linalg.norm(y) for x, y in pairs]
+        c = np.array([x @ y / norm if norm else 0.0 for (x, y), norm in zip(pairs, norms)])
+        out.append(10 * c / (1 + 10 * abs(c)))
+    return np.stack(out)
+
+
+def told_in_a_run(rule, theta, grads, layout):
+    """What the rule is told before every step, [steps, num_context, tensors]."""
+    state, out = rule.init_state(grads.shape[1], dtype=grads.dtype), []
+    for grad in grads:
+        say = context(rule, grad, state, layout)
+        _, state = rule.update(theta, grad, torch.zeros_like(grad), state, say.rows(len(grad)))
+        out.append(say.values)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("variant", ["paced", "grows_fast"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=str)
+@pytest.mark.usefixtures("kernels")
+def test_agreement_is_that_of_each_tensor_s_gradients(variant, dtype, tolerance):
+    rule, sizes = make(variant), (1, 40, 3, 256)
+    grads = grads_of(num_steps=12, n=2 * sum(sizes))
+    grads[:, 7], grads[:5, 9] = 0.0, 0.0  # never seen, and seen late
+    grads[6:] = grads[6:].abs()  # from here on they agree
+    got = told_in_a_run(rule, theta_of(rule, dtype), grads.to(dtype), TensorLayout(sizes, 2))
+    assert got.dtype == dtype and got.shape == (12, 4, 8)
+    start = 0
+    for k, size in enumerate(sizes * 2):
+        want = numpy_agreement(rule.settings(), grads[:, start : start + size])
+        np.testing.assert_allclose(got[:, :, k].double().numpy(), want, rtol=tolerance, atol=tolerance)
+        start += size
+    assert (got[0] == 0).all() and got[1:].abs().min() > 0 and got.abs().max() < 1
+    assert got[1, :, 0].double().tolist() == pytest.approx([10 / 11 * math.copysign(1, got[1, 0, 0])] * 3 + [10 / 11])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.usefixtures("kernels")
+def test_one_bad_number_does_not_spoil_what_the_others_tell(dtype):
+    rule = rules.get("paced")
+    grads = grads_of(num_steps=5, n=20)
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 1e200], dtype=torch.float64)
+    grads[2, 3:7] = bad
+    got = told_in_a_run(rule, theta_of(rule, dtype), grads.to(dtype), TensorLayout((20,)))[..., 0].double()
+    assert got.isfinite().all()
+    np.testing.assert_allclose(got.numpy(), numpy_agreement(rule.settings(), grads), rtol=1e-4, atol=1e-6)
+    # A tensor of bad numbers alone tells nothing, and so does one that has seen no gradient.
+    for values in (bad, torch.zeros(4, dtype=torch.float64)):
+        state = {**rule.init_state(4, dtype=dtype), "m": torch.ones(3, 4, dtype=dtype)}
+        assert (context(rule, values.to(dtype), state, TensorLayout((4,))).values == 0).all()
+
+
+def test_agreement_of_sums():
+    sums = [[4.0, 9.0, 1.0, 16.0, 6.0, -2.0, 0.0, 12.0], [4.0, 0.0, 1e-200, 1e200, 0.0, 1e-100, 0.0, 0.0]]
+    want = [[10 / 11, -10 / 11, 0.0, 10 / 11], [0.0, 10 * 0.5 / 6, 0.0, 0.0]]
+    sums, want = (torch.tensor(values, dtype=torch.float64).T for values in (sums, want))
+    torch.testing.assert_close(agreement(sums), want)
+
+
+def test_terms_of_agreement():
+    state = {"m": torch.tensor([[1.0], [-2.0], [3.0]]).double(), "v": torch.tensor([[10.0], [0.0]]).double()}
+    got = agreement_terms(torch.tensor([4.0]).double(), state, 0.75)  # v = 0.75·10 + 0.25·16
+    assert (got[:, 0] * 11.5).tolist() == pytest.approx([16, 1, 4, 9, 4, -8, 12, 3])
+
+
+def test_what_a_rule_is_told_by_default_is_nothing():
+    rule, grads = rules.get("paced"), grads_of()
+    theta, state, params = theta_of(rule), rule.init_state(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
+    state = {**state, "m": grads[:3], "v": grads[3:5] ** 2}
+    silent, _ = rule.update(theta, grads[0], params, state)
+    told_zeros, _ = rule.update(theta, grads[0], params, state, torch.zeros(4, N, dtype=torch.float64))
+    told_more, _ = rule.update(theta, grads[0], params, state, torch.ones(4, N, dtype=torch.float64))
+    assert torch.equal(silent, told_zeros) and (silent != told_more).all()
+    assert rules.get("mixture").num_context == 0 and rule.num_context == 4
+
+
+@pytest.mark.parametrize("variant", ["growing", "grows_fast"])
+@pytest.mark.usefixtures("kernels")
+def test_a_step_with_its_context_equals_finite_differences(variant):
+    rule, sizes = make(variant), (3, 1, N - 4)
+    generator = torch.Generator().manual_seed(8)
+    theta, layout = loud(theta_of(rule), generator), TensorLayout(sizes)
+    _, state = run(rule, theta, grads_of(seed=9))
+    state = {n: v if n != "log_size" else v.clamp(-3, 3) for n, v in state.items()}
+    grads, params = grads_of()[0], torch.zeros(N, dtype=torch.float64)
+    draw = lambda like: torch.randn(like.shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    d_update, d_state = draw(grads), {n: draw(v) for n, v in state.items()}
+
+    def value(theta, grads, state):
+        update, after = update_by_hand(rule, theta, grads, params, state, sizes)
+        return float((update * d_update).sum() + sum((v * d_state[n]).sum() for n, v in after.items() if n != "step"))
+
+    copied = {n: v.clone() for n, v in d_state.items()}
+    d_theta, d_grads, d_params, d_before = rule.vjp(theta, grads, params, state, d_update, copied, layout)
+    assert (d_params == 0).all() and d_before.keys() == state.keys()
+    given = {**{("theta", n): v for n, v in theta.items()}, ("grads", ""): grads}
+    given |= {("state", n): v for n, v in state.items() if n != "step"}
+    found = {**{("theta", n): v for n, v in d_theta.items()}, ("grads", ""): d_grads}
+    found |= {("state", n): v for n, v in d_before.items()}
+    for (where, name), tensor in given.items():
+        scale = float(found[where, name].abs().max())
+        assert scale > 0
+        for index in torch.randperm(tensor.numel(), generator=generator)[:6].tolist():
+            width = 1e-6 * max(1e-3, float(tensor.reshape(-1)[index].abs()))
+            ends = []
+            for sign in (1, -1):
+                moved = tensor.clone()
+                moved.view(-1)[index] += sign * width
+                changed = {"theta": theta, "grads": grads, "state": state}
+                changed[where] = moved if where == "grads" else {**changed[where], name: moved}
+                ends.append(value(**changed))
+            want = (ends[0] - ends[1]) / (2 * width)
+            assert float(found[where, name].reshape(-1)[index]) == pytest.approx(want, rel=1e-4, abs=1e-5 * scale), name
+
+
+@pytest.mark.usefixtures("kernels")
+def test_back_through_a_tensor_that_has_seen_nothing_is_finite():
+    rule = rules.get("paced")
+    theta, n = {name: v.float() for name, v in theta_of(rule).items()}, 6
+    state = {**rule.init_state(n), "m": torch.zeros(3, n), "v": torch.zeros(2, n)}
+    grads = torch.tensor([0.0, 0.0, 0.0, 1.0, 1e-30, 0.0])  # the first tensor has seen none, the second is at its first
+    d_state = {name: torch.ones_like(v) for name, v in state.items()}
+    back = rule.vjp(theta, grads, torch.zeros(n), state, torch.ones(n), d_state, TensorLayout((3, 3)))
+    for values in (back[0], {"grads": back[1]}, back[3]):
+        assert all(v.isfinite().all() for v in values.values())
+
+
+def test_a_layout_says_where_tensors_lie():
+    layout = TensorLayout((2, 1, 3), repeats=2)
+    index = layout.index(torch.device("cpu"))
+    assert index.dtype == torch.int32 and index.tolist() == [0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 5, 5]
+    terms = torch.arange(24.0).view(2, 12)
+    got = layout.sums(terms)
+    assert got.dtype == torch.float64  # products of sums are taken of them
+    assert got.tolist() == [[1, 2, 12, 13, 8, 30], [25, 14, 48, 37, 20, 66]]
+    assert layout.sums(torch.full((12,), 1e38)).tolist() == pytest.approx([2e38, 1e38, 3e38] * 2)
+    assert TensorLayout((4,)).sums(terms[:, :4]).tolist() == [[6], [54]]
+
+
+def test_a_layout_first_used_in_inference_mode_serves_outside_of_it():
+    rule, layout = rules.get("paced"), TensorLayout((5, N - 5))
+    theta, grads = theta_of(rule), grads_of()
+    _, state = run(rule, theta, grads)
+    cotangents = {n: torch.ones_like(v) for n, v in state.items()}
+    with torch.inference_mode():
+        assert layout.index(grads.device).tolist() == [0] * 5 + [1] * (N - 5)
+    back = rule.vjp(theta, grads[0], torch.zeros_like(grads[0]), state, grads[1], cotangents, layout)
+    assert back[0]["output.skip"].abs().min() > 0
+
+
+def test_context_is_read_by_coordinate():
+    index = TensorLayout((2, 1, 3)).index(torch.device("cpu"))
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    say = Context(values, index)
+    assert say.rows(6).tolist() == [[1, 1, 2, 3, 3, 3], [4, 4, 5, 6, 6, 6]]
+    part = say.of(1, 4)
+    assert part.rows(3).tolist() == [[1, 2, 3], [4, 5, 6]] and part.of(2, 3).rows(1).tolist() == [[3], [6]]
+    steps = Context(torch.stack([values, -values]), index)
+    assert steps.rows(6).shape == (2, 2, 6) and torch.equal(steps.of(1, 4).rows(3)[1], -part.rows(3))
+    alone = Context(values[:, :1], None)
+    assert alone.rows(3).tolist() == [[1] * 3, [4] * 3] and alone.of(5, 7).rows(2).tolist() == [[1] * 2, [4] * 2]
+    assert joined(values, [2, 1, 3]).rows(6).tolist() == say.rows(6).tolist()
+    assert joined(values[:, 1:2], [4]).rows(2).tolist() == [[2, 2], [5, 5]]
+
+
+def test_rules_that_ask_nothing_of_tensors_say_so():
+    rule = rules.get("compact")
+    with pytest.raises(NotImplementedError):
+        rule.context_terms(torch.zeros(1), rule.init_state(1))
+    with pytest.raises(NotImplementedError):
+        rule.context_of(torch.zeros(1, 1))
+    assert rule.context_rows(torch.zeros(1), rule.init_state(1), TensorLayout((1,))) is None
+
+
+def test_steps_of_a_fresh_paced_rule_grow_while_gradients_agree_and_shrink_where_they_turn():
+    rule = rules.get("paced")
+    theta = {n: v.double() for n, v in rule.init_theta(torch.Generator().manual_seed(0)).items()}
+    for signs, grows in ((torch.ones(8), True), (1 - 2.0 * (torch.arange(8) % 2), False)):
+        state, before = rule.init_state(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        for grad in signs[:, None].double() * torch.tensor([[0.5, -3.0, 1e-4]]).double():
+            say = agreement_by_hand(rule, grad, state)
+            rate = 0.1 * (theta["output.bias"][-1] + theta["output.skip"] @ say).tanh()
+            _, state = rule.update(theta, grad, before, state, say[:, None].expand(4, 3))
+            torch.testing.assert_close(state["log_size"], before + rate, rtol=1e-12, atol=0)
+            before = state["log_size"]
+        assert (before > 0.2).all() if grows else (before < -0.2).all()
+
+
+def test_what_has_grown_multiplies_the_step_and_stays_within_its_bound():
+    paced, plain = rules.get("paced", growth=5.0), rules.get("mixture")
+    theta, grads = theta_of(paced), grads_of(num_steps=4)
+    silent = {
+        "lstm.0.weight": torch.cat([theta["lstm.0.weight"][:, :10], theta["lstm.0.weight"][:, 14:]], 1),
+        "lstm.0.bias": theta["lstm.0.bias"],
+        "output.weight": theta["output.weight"][:-1],
+        "output.bias": theta["output.bias"][:-1],
+    }
+    theta["output.bias"][-1] = 30.0  # as fast as it goes
+    nothing = [(torch.zeros(4, N, dtype=torch.float64),)] * 4
+    grown, state = run(paced, theta, grads, rows=nothing)
+    want, _ = run(plain, silent, grads)
+    for t, log_size in enumerate([5.0, 10.0, 12.0, 12.0]):
+        torch.testing.assert_close(grown[t], want[t] * math.exp(log_size), rtol=1e-9, atol=0)
+    assert (state["log_size"] == 12).all()
+    theta["output.bias"][-1] = -30.0
+    for _ in range(2):
+        _, state = run(paced, theta, grads, state=state, rows=nothing)
+    assert (state["log_size"] == -12).all()
+
+
+@pytest.mark.parametrize("variant", ["mixture", "paced", "grows_fast"])
+def test_updates_turn_with_the_sign_of_the_gradients(variant):
+    rule = make(variant)
+    theta, grads = theta_of(rule), grads_of()
+    updates, state = run(rule, theta, grads)
+    turned, turned_state = run(rule, theta, -grads)
+    torch.testing.assert_close(turned, -updates, rtol=1e-12, atol=0)
+    assert all(torch.equal(turned_state[n], -v if n == "m" else v) for n, v in state.items())
+    if rule.num_context:
+        a, b = (told_in_a_run(rule, theta, g, TensorLayout((N,))) for g in (grads, -grads))
+        assert torch.equal(a, b)
+
+
 # --- names and settings ---
 
 
@@ -438,6 +709,9 @@ def test_normalized_inputs_do_not_see_the_scale(name, scale):
         ("compact", {"dense_units": -1}, "dense_units must be at least 0; got -1"),
         ("compact", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ("compact", {"hidden_size": 0}, "hidden_size must be at least 1; got 0"),
+        ("paced", {"growth": -0.1}, "growth must be finite and not negative; got -0.1"),
+        ("mixture", {"growth": math.inf}, "growth must be finite and not negative; got inf"),
+        ("mixture", {"growth": math.nan}, "growth must be finite and not negative; got nan"),
         ("adam", {"lr": 0.0}, "lr must be positive; got 0.0"),
         ("adam", {"lr": math.nan}, "lr must be positive; got nan"),
         ("adam", {"beta1": 1.0}, "beta1 must lie strictly between 0 and 1; got 1.0"),

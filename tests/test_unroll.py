@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from rule_cases import agreement_by_hand, loud, update_by_hand
 
 from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
@@ -25,9 +26,10 @@ FAMILIES = {"quadratic": Quadratic(dim=4), "digits": ImageMLP(hidden=(3,), batch
 
 
 def theta_of(rule, dtype=torch.float64, seed=0):
-    theta = rule.init_theta(torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    theta = rule.init_theta(generator)
     # A louder read-out, so that the LSTM moves as far as its output scale allows.
-    return {n: v.to(dtype) * (10 if n == "output.weight" else 1) for n, v in theta.items()}
+    return loud({n: v.to(dtype) * (10 if n == "output.weight" else 1) for n, v in theta.items()}, generator)
 
 
 def plan_of(longest=7, split="meta_train", **settings):
@@ -100,6 +102,53 @@ def test_gradient_descent_in_closed_form_with_resets():
                 episode, step = episode + 1, 0
         assert (particles.episodes[column], particles.steps[column]) == (episode, step)
         assert (particles.seeds[column], particles.horizons[column]) == plan.draw(particle, episode)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)], ids=str)
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.usefixtures("kernels")
+def test_a_rule_is_told_of_each_particle_s_own_tensors(chunk_size, dtype, tolerance):
+    """Against one particle and one tensor at a time, with particles that restart inside the segment."""
+    rule, plan, num_steps = rules.get("paced"), plan_of(), 10
+    theta = theta_of(rule, dtype)
+    batched = BatchedFamily(FAMILIES["digits"], dtype=dtype)
+    particles = start_particles(batched, rule, plan, range(3))
+    before = copy.deepcopy(particles.state_dict())
+    segment = unroll(rule, theta, batched, plan, particles, num_steps, record="gradients", chunk_size=chunk_size)
+    assert batched.sizes == (192, 3, 30, 10) and segment.contexts.shape == (num_steps, 4, 3, 4)
+    assert particles.layout.index(torch.device("cpu")).bincount().tolist() == list(batched.sizes * 3)
+    starts = {(run.start, c): run.params[k] for run in segment.runs for k, c in enumerate(run.columns.tolist())}
+    assert len(starts) > 3
+    exact = {n: v.double() for n, v in theta.items()}
+    for column in range(3):
+        state = rule.init_state(batched.num_parameters, dtype=torch.float64)
+        params, horizon, step = before["params"][column].double(), before["horizons"][column], 0
+        for t in range(num_steps):
+            if t and (t, column) in starts:
+                assert step == horizon
+                state = rule.init_state(batched.num_parameters, dtype=torch.float64)
+                params, horizon, step = starts[t, column].double(), particles.horizons[column], 0
+            grads, start = segment.inputs[t, column].double(), 0
+            for tensor, size in enumerate(batched.sizes):
+                part = {n: v[..., start : start + size] for n, v in state.items()}
+                want = agreement_by_hand(rule, grads[start : start + size], part)
+                close = dict(rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(segment.contexts[t, :, column, tensor].double(), want, **close)
+                assert step == 0 or want.abs().min() > 0
+                start += size
+            update, state = update_by_hand(rule, exact, grads, params, state, batched.sizes)
+            params, step = params + update, step + 1
+        scale = float(params.abs().max())
+        torch.testing.assert_close(particles.params[column].double(), params, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_contexts_are_kept_where_a_replay_needs_them():
+    plan, batched = plan_of(), BatchedFamily(FAMILIES["quadratic"])
+    for name, record, kept in (("paced", "gradients", True), ("paced", "stages", False), ("adam", "gradients", False)):
+        rule = rules.get(name)
+        particles = start_particles(batched, rule, plan, range(2))
+        segment = unroll(rule, theta_of(rule, torch.float32), batched, plan, particles, 3, record=record)
+        assert (segment.contexts is not None) == kept
 
 
 def test_runs_tile_the_segment():

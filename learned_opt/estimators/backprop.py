@@ -28,6 +28,7 @@ from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.estimators.initial import replayed_start_gradient, start_gradient
 from learned_opt.particles import Particles, join_states, rule_part, select_state, snapshot, start_particles
 from learned_opt.rules.base import slice_coordinates
+from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.task import Tensors
 from learned_opt.unroll import Segment, Stage, unroll
 
@@ -142,6 +143,11 @@ class TruncatedBackprop(Estimator):
             num_steps, num_columns = weight.shape
             inputs, outputs = inputs.reshape(num_steps, -1), outputs.reshape(num_steps, -1)
             params = run.params.reshape(-1)
+            context = None
+            if segment.contexts is not None:
+                layout = TensorLayout(work.batched.sizes, num_columns)
+                values = segment.contexts[steps][:, :, columns].flatten(-2)
+                context = Context(values, layout.index(weight.device))
             chunk_size = self.chunk_size or work.rule.backward_chunk(theta)
             for start in range(0, num_columns * size, chunk_size):
                 stop = min(start + chunk_size, num_columns * size)
@@ -152,6 +158,7 @@ class TruncatedBackprop(Estimator):
                     params[start:stop],
                     slice_coordinates(run.rule_state, start, stop),
                     outputs[:, start:stop] * weight[:, owner],
+                    *(() if context is None else (context.of(start, stop),)),
                 )
                 for name, value in part.items():
                     total[name] += value
@@ -220,12 +227,15 @@ class TruncatedBackprop(Estimator):
         """
         batched = work.batched
 
-        def cleaned(values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        keep = valid if stage.ends is None else valid & ~stage.ends
+        # Whether all count: asked once, since the answer waits for the device.
+        whole = {id(mask): bool(mask.all()) for mask in (valid, keep)}
+
+        def cleaned(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             """Zeros for the particles that do not count: theirs may be NaN, and NaN times zero is NaN."""
-            return values if bool(keep.all()) else torch.where(keep[:, None], values, 0.0)
+            return values if whole[id(mask)] else torch.where(mask[:, None], values, 0.0)
 
         d_params = cleaned(stage.judged_grads, valid) * weight[:, None]
-        keep = valid if stage.ends is None else valid & ~stage.ends
         if later is None:
             d_state = {name: torch.zeros_like(value) for name, value in stage.rule_state.items()}
         else:
@@ -235,14 +245,13 @@ class TruncatedBackprop(Estimator):
                 points = cleaned(stage.new_params, valid)
                 products = batched.hessian_products(points, stage.tasks, stage.batch, vectors)
                 d_params = d_params + cleaned(products, keep)
-            columns = keep.repeat_interleave(batched.num_parameters)
-            d_state = {
-                name: value if bool(keep.all()) else torch.where(columns, value, 0.0)
-                for name, value in later[2].items()
-            }
-        columns_valid = valid.repeat_interleave(batched.num_parameters)
+            d_state = later[2]
+            if not whole[id(keep)]:
+                columns = keep.repeat_interleave(batched.num_parameters)
+                d_state = {name: torch.where(columns, value, 0.0) for name, value in d_state.items()}
         state = stage.rule_state
-        if not bool(valid.all()):
+        if not whole[id(valid)]:
+            columns_valid = valid.repeat_interleave(batched.num_parameters)
             state = {name: torch.where(columns_valid, value, 0.0) for name, value in state.items()}
         d_theta, d_grads, d_through_rule, d_before = work.rule.vjp(
             theta,
@@ -251,6 +260,7 @@ class TruncatedBackprop(Estimator):
             state,
             d_params.reshape(-1),
             d_state,
+            *((TensorLayout(batched.sizes, len(valid)),) if work.rule.num_context else ()),
         )
         for name, value in d_theta.items():
             total[name] += value

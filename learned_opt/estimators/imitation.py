@@ -30,6 +30,7 @@ from learned_opt.estimators.sharded import mean_over_ranks, sharded, with_own_co
 from learned_opt.estimators.table import SINGLE, make
 from learned_opt.particles import Particles, columns_of, join_states, select_state, start_particles
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
+from learned_opt.rules.context import TensorLayout, context
 from learned_opt.task import Tensors
 from learned_opt.unroll import Run, Segment, unroll
 
@@ -240,15 +241,21 @@ class Imitation(Estimator):
         error, norm = grads.new_zeros(()), grads.new_zeros(())
         leaves = {n: v.detach().requires_grad_() for n, v in theta.items()}
         chunk_size = max(1, fitting_chunk(work.rule) // 2)  # the graph of all steps is kept
+        size = work.batched.num_parameters
+        if work.rule.num_context or self.teacher.num_context:
+            chunk_size = max(1, chunk_size // size) * size  # what such rules are told is of whole tensors
         for start in range(0, grads.shape[1], chunk_size):
             part = slice(start, min(start + chunk_size, grads.shape[1]))
+            layout = TensorLayout(work.batched.sizes, (part.stop - part.start) // size)
             rule_state, teacher_state = (slice_coordinates(s, part.start, part.stop) for s in states)
             at, chunk_error = params[part], grads.new_zeros(())
             for grad in grads[:, part]:
                 with torch.no_grad():
-                    goal, teacher_state = self.teacher.update(teacher_theta, grad, at, teacher_state)
+                    told = _told(self.teacher, grad, teacher_state, layout)
+                    goal, teacher_state = self.teacher.update(teacher_theta, grad, at, teacher_state, *told)
+                    told = _told(work.rule, grad, rule_state, layout)
                 with torch.enable_grad():
-                    update, rule_state = work.rule.update(leaves, grad, at, rule_state)
+                    update, rule_state = work.rule.update(leaves, grad, at, rule_state, *told)
                     chunk_error = chunk_error + (update - goal).square().sum()
                 norm = norm + goal.square().sum()
                 at = at + (goal if off else update.detach())
@@ -296,6 +303,10 @@ class Imitation(Estimator):
             return {**merged, "particles": None, "follower": {}}
         joined = join_states([_with_follower(part["particles"], part["follower"]) for part in present])
         return {**merged, **_without_follower(in_order_of_ids(joined))}
+
+
+def _told(rule: UpdateRule, grads: torch.Tensor, state: Tensors, layout: TensorLayout) -> tuple[torch.Tensor, ...]:
+    return (context(rule, grads, state, layout).rows(len(grads)),) if rule.num_context else ()
 
 
 def _with_follower(particles: dict[str, Any], follower: Tensors) -> dict[str, Any]:

@@ -74,11 +74,13 @@ class Trace:
     Attributes:
         gradients, updates: [steps, n].
         losses: [steps + 1], the mean over the tasks.
+        context: [steps, num_context, n], what the rule was told of each coordinate's tensor; None if it takes none.
     """
 
     gradients: Array
     updates: Array
     losses: Array
+    context: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +142,10 @@ def explain(
     if horizon < 2:
         raise ValueError(f"horizon must be at least 2; got {horizon}")
     streams = {"synthetic": synthetic_gradients(horizon) * scale}
+    replays = {"synthetic": replay(rule, theta, streams["synthetic"])}
     for label, family in (families or {}).items():
-        streams[label] = trace(rule, theta, family, horizon).gradients
-    replays = {label: replay(rule, theta, grads) for label, grads in streams.items()}
+        found = trace(rule, theta, family, horizon)
+        streams[label], replays[label] = found.gradients, replay(rule, theta, found.gradients, found.context)
     scales, sizes = scale_response(rule, theta)
     return Explanation(
         update_map=update_map(rule, theta, scale=scale),
@@ -280,11 +283,13 @@ def trace(
     particles = start_particles(batched, rule, EpisodePlan(split="meta_validation", run_seed=seed), range(num_tasks))
     total = particles.params.numel()
     chosen = torch.as_tensor(np.random.default_rng(seed).permutation(total)[:num_coordinates])
-    move = learned_move(rule, as_double(theta), particles)
+    contexts: list[torch.Tensor] = []
+    move = learned_move(rule, as_double(theta), particles, contexts=contexts)
     grads, places, losses = [particles.grads.view(-1)[chosen]], [particles.params.view(-1)[chosen]], [particles.losses]
     for loss, _, _ in inner_steps(batched, particles, horizon, move):
         grads.append(particles.grads.view(-1)[chosen])  # what the next step sees, which may be an older gradient
         places.append(particles.params.view(-1)[chosen])
         losses.append(loss)
     moved = torch.stack(places).diff(dim=0)
-    return Trace(torch.stack(grads[:-1]).numpy(), moved.numpy(), torch.stack(losses).mean(1).numpy())
+    told = torch.stack(contexts)[..., particles.layout.index(batched.device)[chosen]].numpy() if contexts else None
+    return Trace(torch.stack(grads[:-1]).numpy(), moved.numpy(), torch.stack(losses).mean(1).numpy(), told)

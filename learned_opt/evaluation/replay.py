@@ -14,6 +14,7 @@ import torch
 
 from learned_opt.evaluation.metrics import Array
 from learned_opt.rules.base import UpdateRule
+from learned_opt.rules.context import TensorLayout, context
 from learned_opt.task import Tensors
 
 REFERENCES: dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimizer]] = {
@@ -41,33 +42,46 @@ def as_double(theta: Tensors) -> Tensors:
 
 
 def run_steps(
-    rule: UpdateRule, theta: Tensors, grads: torch.Tensor, state: Tensors
+    rule: UpdateRule, theta: Tensors, grads: torch.Tensor, state: Tensors, context: torch.Tensor | None = None
 ) -> tuple[list[torch.Tensor], list[Tensors]]:
-    """The updates [n] to given gradients [steps, n] and the states after each, with parameters that start at zero."""
+    """The updates [n] to given gradients [steps, n] and the states after each, with parameters that start at zero.
+
+    A rule that is told of whole tensors is told `context` [steps, num_context, n]; without it, every coordinate is
+    taken for a tensor of its own.
+    """
     params = torch.zeros_like(grads[0])
     updates, states = [], []
-    for grad in grads:
-        update, state = rule.update(theta, grad, params, state)
+    for step, grad in enumerate(grads):
+        told = _told(rule, grad, state) if context is None else (context[step],)
+        update, state = rule.update(theta, grad, params, state, *told)
         params = params + update
         updates.append(update)
         states.append(state)
     return updates, states
 
 
+def _told(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, ...]:
+    if not rule.num_context:
+        return ()
+    return (context(rule, grads, state, TensorLayout((1,), len(grads))).rows(len(grads)),)
+
+
 @torch.no_grad()
-def replay(rule: UpdateRule, theta: Tensors, gradients: npt.ArrayLike) -> Replay:
+def replay(rule: UpdateRule, theta: Tensors, gradients: npt.ArrayLike, context: npt.ArrayLike | None = None) -> Replay:
     """Feed a rule a sequence of gradients, from a fresh state, in float64.
 
     Args:
         rule: the update rule.
         theta: its meta-parameters.
         gradients: [steps, n], at least one of each.
+        context: [steps, num_context, n], what a rule that is told of whole tensors was told; see `run_steps`.
     """
     grads = torch.as_tensor(np.asarray(gradients, dtype=np.float64))
     if grads.dim() != 2 or not grads.numel():
         raise ValueError(f"gradients must be [steps, n] with at least one of each; got shape {tuple(grads.shape)}")
     state = rule.init_state(grads.shape[1], dtype=torch.float64)
-    updates, states = run_steps(rule, as_double(theta), grads, state)
+    told = None if context is None else torch.as_tensor(np.asarray(context, dtype=np.float64))
+    updates, states = run_steps(rule, as_double(theta), grads, state, told)
     kept = [name for name in state if name != "step"]
     rows: dict[str, Array] = {}
     for name in ["cell"] if "cell" in kept else kept:

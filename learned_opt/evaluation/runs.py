@@ -221,6 +221,7 @@ def _concatenate(parts: Sequence[Particles]) -> Particles:
         losses=tensors("losses"),
         initial=tensors("initial"),
         rule_state={},
+        sizes=parts[0].sizes,
         pending=None if parts[0].pending is None else tensors("pending"),
     )
 

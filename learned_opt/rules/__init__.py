@@ -56,6 +56,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
         {"inputs": "log_and_sign", "num_layers": 2, "hidden_size": 20, "output_scale": 0.1, "output_tanh": False},
     ),
     "mixture": ("mixture", {}),
+    "paced": ("mixture", {"growth": 0.1, "hidden_size": 1}),
     "gated": ("gated", {}),
     "adam": ("adam", {}),
     "sgd": ("sgd", {}),

@@ -3,7 +3,8 @@
 An update rule is a pure function: (theta, gradients, parameters, rule state) to (update, new rule state), with
 parameters_new = parameters + update. Everything is held *coordinates last*: gradients are [n], every state tensor is
 [..., n], so that a matrix product over features runs over contiguous coordinates. Rules are coordinatewise: column i of
-the result depends on column i of the inputs alone, so any split of the coordinates gives the same numbers.
+the result depends on column i of the inputs alone, so any split of the coordinates gives the same numbers. What a rule
+is to know of a coordinate's whole parameter tensor is computed beforehand and passed in (`learned_opt.rules.context`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import dataclasses
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from learned_opt.task import Tensors
+
+if TYPE_CHECKING:
+    from learned_opt.rules.context import Context, TensorLayout
 
 _CACHED_NUMBERS = 2**18
 """How many numbers of rule state a chunk may have for its temporaries to stay in a core's second-level cache."""
@@ -49,10 +53,12 @@ class UpdateRule(ABC):
 
     Attributes:
         kind: the name the rule is registered under.
+        num_context: rows of context that `update` is given; 0 for a rule that needs none.
     """
 
     kind: ClassVar[str]
     config: RuleConfig
+    num_context: int = 0
 
     @abstractmethod
     def init_theta(self, generator: torch.Generator) -> Tensors:
@@ -67,11 +73,25 @@ class UpdateRule(ABC):
         The entry "step", where there is one, counts inner steps and may also be passed as a [1] tensor.
         """
 
+    def context_terms(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
+        """What is summed over a tensor's coordinates for the context: [terms, n], from gradients [n] and state."""
+        raise NotImplementedError
+
+    def context_of(self, sums: torch.Tensor) -> torch.Tensor:
+        """The context [num_context, …] that sums [terms, …] of `context_terms` make."""
+        raise NotImplementedError
+
+    def context_sums(self, grads: torch.Tensor, state: Tensors, layout: TensorLayout) -> torch.Tensor:
+        """The sums of `context_terms` over every tensor, [terms, tensors], as `TensorLayout.sums` has them."""
+        return layout.sums(self.context_terms(grads, state))
+
     @abstractmethod
     def update(
         self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors
     ) -> tuple[torch.Tensor, Tensors]:
         """One step.
+
+        A rule with `num_context` takes a fifth argument, the context's rows [num_context, n]; zeros by default.
 
         Args:
             theta: the meta-parameters, of the dtype of `grads`.
@@ -83,8 +103,26 @@ class UpdateRule(ABC):
             (update [n], new state). A coordinate that has never had a non-zero gradient gets update 0.
         """
 
+    def _update(
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        context: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Tensors]:
+        """`update`, with the context's rows if there are any."""
+        more = () if context is None else (context,)
+        return self.update(theta, grads, params, state, *more)
+
     def backward(
-        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        loss_grads: torch.Tensor,
+        context: Context | None = None,
     ) -> Tensors:
         """Gradient with respect to theta of sum_t <loss_grads[t], p_{t+1}>, where p_{t+1} = p_t + update_t.
 
@@ -99,15 +137,17 @@ class UpdateRule(ABC):
             state: rule state before the first step.
             loss_grads: [steps, n], derivative of the meta-loss with respect to the parameters after each step, through
                 the loss evaluated there alone.
+            context: of every step, for a rule that takes one; constant, like the gradients.
 
         Returns:
             A tensor for every tensor of theta.
         """
+        rows = [None] * len(grads) if context is None else context.rows(grads.shape[1])
         leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
         with torch.enable_grad():
             total = grads.new_zeros(())
-            for grad, loss_grad in zip(grads, loss_grads):
-                update, state = self.update(leaves, grad, params, state)
+            for grad, loss_grad, told in zip(grads, loss_grads, rows):
+                update, state = self._update(leaves, grad, params, state, told)
                 params = params + update
                 total = total + (params * loss_grad).sum()
             out = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
@@ -121,6 +161,7 @@ class UpdateRule(ABC):
         state: Tensors,
         d_update: torch.Tensor,
         d_state: Tensors,
+        layout: TensorLayout | None = None,
     ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
         """Pull cotangents of one step's results back to all that it was given.
 
@@ -131,6 +172,7 @@ class UpdateRule(ABC):
             theta, grads, params, state: what `update` was given.
             d_update: cotangent of the update [n].
             d_state: cotangents of the new state, contiguous tensors [..., n]; their memory may be used for the result.
+            layout: of the coordinates, for a rule that takes context, which is then part of what is differentiated.
 
         Returns:
             Derivatives with respect to theta, grads [n], params [n] and state.
@@ -139,7 +181,7 @@ class UpdateRule(ABC):
         grads, params = grads.detach().requires_grad_(), params.detach().requires_grad_()
         before = {name: value.detach().requires_grad_() for name, value in state.items()}
         with torch.enable_grad():
-            update, after = self.update(leaves, grads, params, before)
+            update, after = self._update(leaves, grads, params, before, self.context_rows(grads, before, layout))
             results, cotangents = [update, *after.values()], [d_update, *(d_state[name] for name in after)]
             pairs = [(r, c) for r, c in zip(results, cotangents) if r.requires_grad]
             out = torch.autograd.grad(
@@ -151,6 +193,13 @@ class UpdateRule(ABC):
             )
         num = len(leaves)
         return dict(zip(leaves, out)), out[num], out[num + 1], dict(zip(before, out[num + 2 :]))
+
+    def context_rows(self, grads: torch.Tensor, state: Tensors, layout: TensorLayout | None) -> torch.Tensor | None:
+        """The context's rows [num_context, n] before a step; None without a layout, or for a rule that takes none."""
+        if layout is None or not self.num_context:
+            return None
+        values = self.context_of(layout.sums(self.context_terms(grads, state))).to(grads.dtype)
+        return values.index_select(-1, layout.index(grads.device))
 
     def backward_chunk(self, theta: Tensors) -> int:
         """Coordinates to pass to `backward` at a time: half of what a step takes, since it keeps every step's work."""
@@ -184,18 +233,23 @@ def chunked_update(
     state: Tensors,
     *,
     chunk_size: int | None = None,
+    context: Context | None = None,
 ) -> tuple[torch.Tensor, Tensors]:
     """`rule.update` over [n] coordinates, `chunk_size` (or `fitting_chunk`) at a time: temporaries stay small."""
     n = grads.shape[-1]
     chunk_size = chunk_size or fitting_chunk(rule)
+
+    def told(start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        return () if context is None else (context.of(start, stop).rows(stop - start),)
+
     if n <= chunk_size:
-        return rule.update(theta, grads, params, state)
+        return rule.update(theta, grads, params, state, *told(0, n))
     update = torch.empty_like(grads)
     new_state: Tensors = {}
     for start in range(0, n, chunk_size):
         stop = min(start + chunk_size, n)
         part, part_state = rule.update(
-            theta, grads[start:stop], params[start:stop], slice_coordinates(state, start, stop)
+            theta, grads[start:stop], params[start:stop], slice_coordinates(state, start, stop), *told(start, stop)
         )
         update[start:stop] = part
         for name, value in part_state.items():

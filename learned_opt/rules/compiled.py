@@ -9,6 +9,8 @@ import torch
 
 from learned_opt.rules import native
 from learned_opt.rules.base import UpdateRule
+from learned_opt.rules.context import Context, TensorLayout
+from learned_opt.rules.native_calls import NETWORK_STATE
 from learned_opt.task import Tensors
 
 _NATIVE_CHUNK = 2**16
@@ -18,8 +20,8 @@ _NATIVE_CHUNK = 2**16
 class CompiledRule(UpdateRule):
     """An LSTM rule that says which kernel is its own.
 
-    A subclass describes the kernel and computes the network's inputs in torch. State "hidden" and "cell" is the
-    network's; everything else in it is what the inputs are computed from.
+    A subclass describes the kernel and computes the network's inputs in torch. State named in `NETWORK_STATE` is
+    the network's; everything else in it is what the inputs are computed from.
     """
 
     @property
@@ -38,7 +40,9 @@ class CompiledRule(UpdateRule):
         """Factor on the read-out."""
 
     @abstractmethod
-    def native_rows(self, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
+    def native_rows(
+        self, grads: torch.Tensor, state: Tensors, layout: TensorLayout | None
+    ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
         """The kernel's rows [rows, n], the new averages, and a mask [n] of the coordinates that may move."""
 
     @functools.cached_property
@@ -56,20 +60,32 @@ class CompiledRule(UpdateRule):
         return _NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta)
 
     def backward(
-        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        loss_grads: torch.Tensor,
+        context: Context | None = None,
     ) -> Tensors:
         kernel = self.native_kernel(theta)
         if kernel is None:
-            return self.torch_backward(theta, grads, params, state, loss_grads)
+            return self.torch_backward(theta, grads, params, state, loss_grads, context)
         weights = native.flatten(theta, self.names)
-        flat = kernel.backward(weights, self.native_inputs, self.native_scale, grads, state, loss_grads)
+        flat = kernel.backward(weights, self.native_inputs, self.native_scale, grads, state, loss_grads, context)
         return native.unflatten(flat, self.names, theta)
 
     def torch_backward(
-        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        loss_grads: torch.Tensor,
+        context: Context | None,
     ) -> Tensors:
         """`backward` without a kernel; autograd through `update` unless a rule knows better."""
-        return super().backward(theta, grads, params, state, loss_grads)
+        return super().backward(theta, grads, params, state, loss_grads, context)
 
     def vjp(
         self,
@@ -79,17 +95,30 @@ class CompiledRule(UpdateRule):
         state: Tensors,
         d_update: torch.Tensor,
         d_state: Tensors,
+        layout: TensorLayout | None = None,
     ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
-        """See `UpdateRule.vjp`; what is before the network, a few numbers a coordinate, is left to autograd."""
+        """See `UpdateRule.vjp`; most of what is before the network, a few numbers a coordinate, is left to autograd."""
         weights = {name: theta[name] for name in self.names}
         kernel = self.native_kernel(theta)
+        counted = "step" in state and state["step"].shape == grads.shape
+        if kernel is not None and self.native_inputs.kind == "normalized" and counted:
+            flat, d_grads = kernel.whole_vjp(
+                native.flatten(theta, self.names),
+                self.native_inputs,
+                self.native_scale,
+                grads.detach(),
+                state,
+                d_update,
+                d_state,
+            )
+            return native.unflatten(flat, self.names, theta), d_grads, torch.zeros_like(params), d_state
         if kernel is None and type(self).torch_network_vjp is CompiledRule.torch_network_vjp:
-            return super().vjp(theta, grads, params, state, d_update, d_state)
+            return super().vjp(theta, grads, params, state, d_update, d_state, layout)
         grads = grads.detach().requires_grad_()
-        averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in ("hidden", "cell")}
+        averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in NETWORK_STATE}
         with torch.enable_grad():
-            rows, after, active = self.native_rows(grads, averages)
-        d_before = {name: d_state[name] for name in ("hidden", "cell")}
+            rows, after, active = self.native_rows(grads, averages, layout)
+        d_before = {name: d_state[name] for name in NETWORK_STATE if name in d_state}
         with torch.no_grad():
             if kernel is None:
                 d_theta, d_rows = self.torch_network_vjp(weights, rows.detach(), active, state, d_update, d_before)
@@ -132,7 +161,7 @@ class CompiledRule(UpdateRule):
             active: which coordinates may move, [n].
             state: rule state before the step.
             d_update: cotangent of the update, [n].
-            d_before: those of "hidden" and "cell" after the step, overwritten with those before it.
+            d_before: those of what is the network's after the step, overwritten with those before it.
 
         Returns:
             Derivatives with respect to theta and rows.

@@ -2,7 +2,8 @@
 
 `log_and_sign` is the preprocessing of Andrychowicz et al. 2016 (appendix A); `normalized` that of RNNprop (Lv, Jiang
 and Li 2017). Both return the inputs [features, n], the new state, and a mask of the coordinates that may move.
-`momenta` is ours: averages at several time scales, with inputs that do not change when the gradient's sign does.
+`momenta` and `agreement` are ours: averages at several time scales, with inputs that do not change when the gradient's
+sign does, and how well they agree over a whole tensor.
 """
 
 from __future__ import annotations
@@ -102,3 +103,46 @@ def momenta(
     trend = (fast - slow) / (fast + slow)
     inputs = torch.cat([directions[1:].abs(), agreement, trend[None]])
     return directions, inputs, {"m": m, "v": v, "step": step}, active
+
+
+NUM_CONTEXT = 4
+"""Rows of `agreement`."""
+_SOUND = 1e15
+_SHARPNESS = 10.0
+
+
+def agreement_terms(grads: torch.Tensor, state: Tensors, beta: float) -> torch.Tensor:
+    """The products that `agreement` needs summed over a tensor's coordinates, [8, n].
+
+    With a = g/√v and bᵢ = mᵢ/√v, where m are the averages before the step and v is the average square after it: a²,
+    b₁², b₂², b₃², a·b₁, a·b₂, a·b₃, b₁·b₃. Coordinates that have seen no gradient count zero, and so do those where
+    something is not finite: one bad number must not spoil the others.
+
+    Args:
+        grads: [n].
+        state: "m" [3, n], "v" [2, n].
+        beta: decay of the first of v.
+    """
+    square = state["v"][0] * beta + grads * grads * (1 - beta)
+    seen = square > 0
+    scaled = torch.cat([grads[None], state["m"]]) * torch.where(seen, square, 1.0).rsqrt()
+    sound = seen & (scaled.detach().abs().sum(0) < _SOUND)  # a comparison that NaN fails
+    a, first, second, third = torch.where(sound, scaled, 0.0)
+    return torch.stack(
+        [a * a, first * first, second * second, third * third, a * first, a * second, a * third, first * third]
+    )
+
+
+def agreement(sums: torch.Tensor) -> torch.Tensor:
+    """How well a tensor's gradient agrees with its three momenta, and the fastest with the slowest: [4, …] in (−1, 1).
+
+    Cosines of the angles between them, coordinates measured in their own √v, each passed through 10c/(1 + 10|c|), since
+    it is around zero that they tell steps that are too short from those that are too long. Zero before the second step.
+
+    Args:
+        sums: of `agreement_terms` over the tensor, [8, …].
+    """
+    squares = sums[[0, 0, 0, 1]] * sums[[1, 2, 3, 3]]
+    known = squares > 0
+    cosines = torch.where(known, sums[4:] * torch.where(known, squares, 1.0).rsqrt(), 0.0)
+    return _SHARPNESS * cosines / (1 + _SHARPNESS * cosines.abs())

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 
 from learned_opt.rules.base import RuleConfig, UpdateRule
+from learned_opt.rules.context import TensorLayout
 from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
 from learned_opt.task import Tensors
 
@@ -86,6 +87,7 @@ class GatedRule(UpdateRule):
         state: Tensors,
         d_update: torch.Tensor,
         d_state: Tensors,
+        layout: TensorLayout | None = None,
     ) -> tuple[Tensors, torch.Tensor, torch.Tensor, Tensors]:
         """See `UpdateRule.vjp`; through the LSTM by its own route."""
         factor, _ = self._lstm.update(_own(theta), grads, params, state)

@@ -14,9 +14,10 @@ from collections.abc import Callable
 
 import torch
 
-from learned_opt.rules import native
+from learned_opt.rules import native, native_calls
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
 from learned_opt.rules.compiled import CompiledRule
+from learned_opt.rules.context import Context
 from learned_opt.rules.features import NUM_FEATURES, bias_correction, log_and_sign
 from learned_opt.rules.lstm import LSTMRule
 from learned_opt.rules.lstm_torch import doubled_candidates
@@ -26,8 +27,9 @@ Scratch = dict[str, torch.Tensor]
 """Buffers that one thread reuses from chunk to chunk; start with an empty dict for each theta."""
 
 
-Step = Callable[[torch.Tensor, torch.Tensor, Tensors, bool], tuple[torch.Tensor, Tensors]]
-"""(grads [n], params [n], state, whether the state's memory may be used for the new one) to (update [n], new state)."""
+Step = Callable[[torch.Tensor, torch.Tensor, Tensors, bool, Context | None], tuple[torch.Tensor, Tensors]]
+"""(grads [n], params [n], state, whether the state's memory may be used for the new one, context) to (update [n], new
+state)."""
 
 
 def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
@@ -44,37 +46,49 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
     if kernel is not None:
         packed = kernel.pack(native.flatten(theta, rule.names, num_sets))
         inputs, scale = rule.native_inputs, rule.native_scale
+        known: tuple[Tensors | None, tuple[Tensors, int] | None] = (None, None)  # the state that it has looked at last
 
         def native_step(
-            grads: torch.Tensor, params: torch.Tensor, state: Tensors, overwrite: bool
+            grads: torch.Tensor, params: torch.Tensor, state: Tensors, overwrite: bool, context: Context | None = None
         ) -> tuple[torch.Tensor, Tensors]:
-            after = state if overwrite else {n: torch.empty_like(v) for n, v in state.items()}
-            update = kernel.step(packed, inputs, scale, grads, state, after)
+            nonlocal known
+            if overwrite:
+                if known[0] is not state:
+                    rows = native_calls.in_rows(state, grads.shape[0])
+                    known = (state, rows if rows[0] is state else None)  # copies would not see the next step count
+                after, checked = state, known[1]
+            else:
+                after, checked = {n: torch.empty_like(v) for n, v in state.items()}, None
+            update = kernel.step(packed, inputs, scale, grads, state, after, context, checked)
             if "step" in state:
                 torch.add(state["step"], 1, out=after["step"])
             return update, after
 
         return native_step
-    if num_sets > 1 or not isinstance(rule, LSTMRule):
+    if not isinstance(rule, LSTMRule):
         return None
+    # One set after another: a batched product over sets would put them between the rows and the coordinates.
+    thetas = [theta] if num_sets == 1 else [{n: v[k] for n, v in theta.items()} for k in range(num_sets)]
     size = fitting_chunk(rule)
-    scratches: dict[int, Scratch] = {}
+    scratches: dict[tuple[int, int], Scratch] = {}
 
     def torch_step(
-        grads: torch.Tensor, params: torch.Tensor, state: Tensors, overwrite: bool
+        grads: torch.Tensor, params: torch.Tensor, state: Tensors, overwrite: bool, context: Context | None = None
     ) -> tuple[torch.Tensor, Tensors]:
         after = state if overwrite else {n: v.clone() for n, v in state.items()}
         update = torch.empty_like(grads)
-        for start in range(0, len(grads), size):
-            stop = min(start + size, len(grads))
-            update[start:stop] = update_(
-                rule,
-                theta,
-                grads[start:stop],
-                params[start:stop],
-                slice_coordinates(after, start, stop),
-                scratches.setdefault(stop - start, {}),
-            )
+        per_set = len(grads) // num_sets
+        for k, own in enumerate(thetas):
+            for start in range(k * per_set, (k + 1) * per_set, size):
+                stop = min(start + size, (k + 1) * per_set)
+                update[start:stop] = update_(
+                    rule,
+                    own,
+                    grads[start:stop],
+                    params[start:stop],
+                    slice_coordinates(after, start, stop),
+                    scratches.setdefault((k, stop - start), {}),
+                )
         if "step" in after:
             after["step"] += 1
         return update, after
@@ -83,7 +97,13 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
 
 
 def update_(
-    rule: UpdateRule, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, scratch: Scratch
+    rule: UpdateRule,
+    theta: Tensors,
+    grads: torch.Tensor,
+    params: torch.Tensor,
+    state: Tensors,
+    scratch: Scratch,
+    context: Context | None = None,
 ) -> torch.Tensor:
     """One step of the rule, as `rule.update`, with the new state written over the old.
 
@@ -94,6 +114,7 @@ def update_(
         params: parameters [n].
         state: tensors [..., n], overwritten, "step" excepted: it may be shared by other coordinates and is only read.
         scratch: the calling thread's buffers, used with this rule and theta alone.
+        context: of the coordinates' tensors, for a rule that takes one.
 
     Returns:
         The update [n]; valid until the next call with this scratch.
@@ -103,10 +124,11 @@ def update_(
         if kernel is not None:
             if "packed" not in scratch:
                 scratch["packed"] = kernel.pack(native.flatten(theta, rule.names))
-            return kernel.step(scratch["packed"], rule.native_inputs, rule.native_scale, grads, state, state)
+            return kernel.step(scratch["packed"], rule.native_inputs, rule.native_scale, grads, state, state, context)
     if isinstance(rule, LSTMRule):
         return _lstm_update_(rule, theta, grads, state, scratch)
-    update, new_state = rule.update(theta, grads, params, state)
+    told = () if context is None else (context.rows(len(grads)),)
+    update, new_state = rule.update(theta, grads, params, state, *told)
     for name, value in new_state.items():
         if name != "step":
             state[name].copy_(value)

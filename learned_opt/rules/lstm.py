@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from learned_opt.rules import lstm_torch, native
 from learned_opt.rules.base import RuleConfig, fitting_chunk
 from learned_opt.rules.compiled import CompiledRule
+from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
 from learned_opt.task import Tensors
 
@@ -115,7 +116,9 @@ class LSTMRule(CompiledRule):
             state |= {name: torch.zeros(num_coordinates, dtype=dtype, device=device) for name in ("m", "v", "step")}
         return state
 
-    def native_rows(self, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
+    def native_rows(
+        self, grads: torch.Tensor, state: Tensors, layout: TensorLayout | None = None
+    ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
         if self.config.inputs == "log_and_sign":
             inputs, active = log_and_sign(grads, self.config.log_range)
             return inputs, {}, active
@@ -164,7 +167,13 @@ class LSTMRule(CompiledRule):
         return self.config.output_scale
 
     def torch_backward(
-        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors, loss_grads: torch.Tensor
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        loss_grads: torch.Tensor,
+        context: Context | None,
     ) -> Tensors:
         with torch.no_grad():
             inputs = grads.new_empty(len(grads), NUM_FEATURES, grads.shape[1])

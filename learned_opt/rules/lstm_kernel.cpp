@@ -9,8 +9,11 @@
 // forget, output, candidate. `theta` is one flat vector: dense.weight, dense.bias (with DENSE), then per layer
 // lstm.weight [4·HIDDEN, inputs + HIDDEN] and lstm.bias, then output.weight [OUTPUTS, HIDDEN] and output.bias.
 //
-// Set by the compiler's command line: HIDDEN, LAYERS, DENSE (0 for none), FEATURES, OUTPUT_TANH (0 or 1), and
-// DIRECTIONS: 0 where the one output is the update, else how many directions the update is mixed from.
+// Set by the compiler's command line: HIDDEN, LAYERS, DENSE (0 for none), FEATURES, OUTPUT_TANH (0 or 1),
+// DIRECTIONS: 0 where the one output is the update, else how many directions the update is mixed from, and CONTEXT: how
+// many of the features are of the whole parameter tensor and are given. With CONTEXT there is one more output, and
+// weights from the context to it, output.skip [CONTEXT], at the end of theta: it makes the mixed step grow or shrink
+// from one time to the next.
 
 #include <cmath>
 #include <cstddef>
@@ -39,7 +42,9 @@ constexpr int WIDTH = LANES * VECTORS;   // coordinates of a block
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float)), aligned(LANES * sizeof(float)), may_alias));
 typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
-constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 : 1;
+constexpr bool GROWS = CONTEXT > 0;
+constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
+constexpr float MOST_GROWN = 12.0f;               // bound of the logarithm that a step has grown or shrunk by
 constexpr int ROWS = FEATURES + DIRECTIONS;      // what is computed from the gradients, or given
 constexpr int FIRST = DENSE ? DENSE : FEATURES;  // inputs of the first layer
 constexpr int GATES = 4 * HIDDEN;
@@ -93,8 +98,45 @@ inline Vec tanh_(Vec x) {
   return x > 0.0f ? x : negative;
 }
 
-// Weights of sigmoid gates are halved when packed: this is sigmoid(2 x).
-inline Vec sigmoid_of_twice(Vec x) { return 0.5f * tanh_(x) + 0.5f; }
+// 2^x for x <= 126, to 2e-7 of its value: the power of the whole part times a polynomial of the rest.
+inline Vec exp2_(Vec x) {
+#ifdef __AVX512F__
+  const Vec rest = (Vec)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+#else
+  x = larger(x, splat(-126.0f));
+  const Vec shifted = (x - 0.5f) + 12582912.0f, rest = x - (shifted - 12582912.0f);  // in [0, 1], whole part in the bits
+#endif
+  Vec p = 0.00187757669f * rest + 0.00898933969f;
+  p = p * rest + 0.0558263175f;
+  p = p * rest + 0.240153611f;
+  p = p * rest + 0.693153083f;
+  p = p * rest + 0.99999994f;
+#ifdef __AVX512F__
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+  return (Vec)((Mask)p + ((Mask)shifted << 23));
+#endif
+}
+
+// exp(x) for |x| <= 80, to 1e-6 of its value where |x| <= 20.
+[[maybe_unused]] inline Vec exp_(Vec x) { return exp2_(1.44269504f * x); }
+
+// Weights of gates are packed with these factors, so that sigmoid and tanh start from a power of two.
+constexpr float TO_SIGMOID = -1.44269504f, TO_TANH = 2.0f * TO_SIGMOID;
+
+// 1 / (1 + 2^x), which is sigmoid(y) for x = TO_SIGMOID y.
+inline Vec sigmoid_of(Vec x) {
+  const Vec q = 1.0f + exp2_(smaller(x, splat(126.0f)));
+#ifdef __AVX512F__
+  const Vec r = (Vec)_mm512_rcp14_ps((__m512)q);
+  return r * (2.0f - q * r);
+#else
+  return 1.0f / q;
+#endif
+}
+
+// tanh(y) for x = TO_TANH y.
+inline Vec tanh_of(Vec x) { return 2.0f * sigmoid_of(x) - 1.0f; }
 
 // ---------------------------------------------------------------------------------------------- matrix products
 
@@ -106,15 +148,17 @@ constexpr int best_divisor(int number, int most) {
 constexpr int ROWS_AT_ONCE = REGISTERS >= 32 ? 12 : 6;
 constexpr int tile_rows(int rows) { return best_divisor(rows, ROWS_AT_ONCE); }
 
-// Packed for `multiply`: tiles of R rows, within a tile column after column.
-template <int M, int K>
-void pack(const float* a, ptrdiff_t row_stride, ptrdiff_t column_stride, float* out, int halved_rows = 0) {
+// Packed for `multiply`: tiles of R rows, within a tile column after column. Rows of gates take the factors of their
+// activations.
+inline float factor(int row) { return row < 3 * HIDDEN ? TO_SIGMOID : TO_TANH; }
+template <int M, int K, bool OF_GATES = false>
+void pack(const float* a, ptrdiff_t row_stride, ptrdiff_t column_stride, float* out) {
   constexpr int R = tile_rows(M);
   for (int r = 0; r < M; r += R) {
     int rows = M - r < R ? M - r : R;
     for (int k = 0; k < K; ++k)
       for (int i = r; i < r + rows; ++i)
-        *out++ = a[i * row_stride + k * column_stride] * (i < halved_rows ? 0.5f : 1.0f);
+        *out++ = a[i * row_stride + k * column_stride] * (OF_GATES ? factor(i) : 1.0f);
   }
 }
 
@@ -187,6 +231,7 @@ void outer(const float* a, size_t a_step, const float* b, size_t b_step, int ste
 
 struct Offsets {  // into theta, as floats
   int dense_weight = 0, dense_bias = 0, weight[LAYERS] = {}, bias[LAYERS] = {}, output_weight = 0, output_bias = 0;
+  int skip = 0;
   int size = 0;
 };
 constexpr Offsets offsets() {
@@ -203,6 +248,8 @@ constexpr Offsets offsets() {
   o.output_weight = o.size;
   o.output_bias = o.size + OUTPUTS * HIDDEN;
   o.size += OUTPUTS * (HIDDEN + 1);
+  o.skip = o.size;
+  o.size += CONTEXT;
   return o;
 }
 constexpr Offsets AT = offsets();
@@ -214,7 +261,7 @@ struct Weights {
   float forward[LAYERS][GATES * (WIDEST + HIDDEN)];
   float bias[LAYERS][GATES];
   float backward[LAYERS][GATES * (WIDEST + HIDDEN)];
-  float output[OUTPUTS * HIDDEN], output_bias[OUTPUTS];
+  float output[OUTPUTS * HIDDEN], output_bias[OUTPUTS], skip[CONTEXT + 1];
 };
 
 void fill(Weights& w, const float* theta) {
@@ -225,17 +272,18 @@ void fill(Weights& w, const float* theta) {
   for (int l = 0; l < LAYERS; ++l) {
     const float* weight = theta + AT.weight[l];
     const int joined = joined_of(l);
-    for (int r = 0; r < GATES; ++r) w.bias[l][r] = theta[AT.bias[l] + r] * (r < 3 * HIDDEN ? 0.5f : 1.0f);
+    for (int r = 0; r < GATES; ++r) w.bias[l][r] = theta[AT.bias[l] + r] * factor(r);
     if (l == 0) {
-      pack<GATES, joined_of(0)>(weight, joined, 1, w.forward[l], 3 * HIDDEN);
+      pack<GATES, joined_of(0), true>(weight, joined, 1, w.forward[l]);
       pack<joined_of(0), GATES>(weight, 1, joined, w.backward[l]);
     } else {
-      pack<GATES, joined_of(1)>(weight, joined, 1, w.forward[l], 3 * HIDDEN);
+      pack<GATES, joined_of(1), true>(weight, joined, 1, w.forward[l]);
       pack<joined_of(1), GATES>(weight, 1, joined, w.backward[l]);
     }
   }
   std::memcpy(w.output, theta + AT.output_weight, sizeof w.output);
   std::memcpy(w.output_bias, theta + AT.output_bias, sizeof w.output_bias);
+  std::memcpy(w.skip, theta + AT.skip, CONTEXT * sizeof(float));
 }
 
 // ------------------------------------------------------------------------------------------------- what a rule sees
@@ -254,6 +302,11 @@ struct Inputs {
   const double* betas;     // of the averages of gradients, then of squares: 1 - beta must not cancel
   float eps, range;
   const unsigned char* active;  // [steps, n], GIVEN
+  const float* log_size;   // [state_ld], GROWS: what the step has grown or shrunk by
+  float growth;            // the most that it changes by in a step
+  const float* context;    // [steps, CONTEXT, tensors], but for GIVEN; null for zero
+  long tensors;
+  const int* tensor;       // [n], which tensor a coordinate belongs to; null where there is one
 };
 
 struct Averages {  // of one block
@@ -296,7 +349,7 @@ inline void correct(const Averages& a, bool same, double beta, float* __restrict
 // is the network's input.
 inline void momenta(const Inputs& in, const float* __restrict g, bool same, Averages& a, float* __restrict out,
                     float* __restrict active) {
-  if constexpr (DIRECTIONS == 4 && FEATURES == 10) {
+  if constexpr (DIRECTIONS == 4 && FEATURES - CONTEXT == 10) {
     alignas(64) float correction[5][WIDTH];
     for (int i = 0; i < 5; ++i) correct(a, same, in.betas[i], correction[i]);
     float beta[5], rest[5];
@@ -363,6 +416,12 @@ void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a,
   }
   if (in.kind == MOMENTA) {
     momenta(in, g, same, a, out, active);
+    for (int c = 0; c < CONTEXT; ++c) {
+      const float* values = in.context ? in.context + (ptrdiff_t(t) * CONTEXT + c) * in.tensors : nullptr;
+      float* row = out + (FEATURES - CONTEXT + c) * WIDTH;
+      for (int j = 0; j < WIDTH; ++j)
+        row[j] = !values || j >= width ? 0.0f : values[in.tensor ? in.tensor[column + j] : 0];
+    }
     return;
   }
   alignas(64) float correction[WIDTH];
@@ -398,10 +457,10 @@ inline void cell(float* __restrict gates, const float* before, float* after, flo
   for (int i = 0; i < HIDDEN * WIDTH; i += LANES) {
     float *in = gates + i, *forget = in + HIDDEN * WIDTH, *out = forget + HIDDEN * WIDTH,
           *candidate = out + HIDDEN * WIDTH;
-    const Vec a = sigmoid_of_twice(load(in)), f = sigmoid_of_twice(load(forget)), o = sigmoid_of_twice(load(out)),
-              g = tanh_(load(candidate));
+    const Vec a = sigmoid_of(load(in)), f = sigmoid_of(load(forget)), o = sigmoid_of(load(out)),
+              g = tanh_of(load(candidate));
     const Vec c = f * load(before + i) + a * g;
-    const Vec th = tanh_(c);
+    const Vec th = tanh_of(TO_TANH * c);
     store(in, a);
     store(forget, f);
     store(out, o);
@@ -413,25 +472,47 @@ inline void cell(float* __restrict gates, const float* before, float* after, flo
 }
 
 // The outputs [OUTPUTS, WIDTH] of the network, and the update they make, before `scale` unless it is mixed. Mixed: the
-// first output is the logarithm of the step's size, held within ±range, the others are the shares of the directions.
-inline void read_out(const Weights& w, const float* top, const float* directions, float range, float scale,
-                     float* __restrict y, float* __restrict update) {
+// first output is the logarithm of the step's size, held within ±range, the next are the shares of the directions, and
+// with GROWS the last changes log_size, which stays as it is where a coordinate may not move. `size` [WIDTH] is what
+// the mixture is multiplied by. The context's rows lie before the directions. The last row of y is left as the
+// derivative of log_size, and as zero where its bound is met.
+inline void read_out(const Weights& w, const float* top, const float* directions, const Inputs& in, float scale,
+                     const float* __restrict active, float* __restrict y, float* __restrict log_size,
+                     float* __restrict size, float* __restrict update) {
   for (int o = 0; o < OUTPUTS; ++o)
     for (int v = 0; v < VECTORS; ++v) {
       Vec sum = splat(w.output_bias[o]);
       for (int h = 0; h < HIDDEN; ++h) sum += w.output[o * HIDDEN + h] * load(top + h * WIDTH + v * LANES);
       if (OUTPUT_TANH) sum = smaller(larger(tanh_(sum), splat(-1.0f)), splat(1.0f));
-      if (DIRECTIONS && o == 0) sum = tanh_(sum / range);  // kept as it is for the way back
+      if (DIRECTIONS && o == 0) sum = tanh_(sum / in.range);  // kept as it is for the way back
+      if (GROWS && o == OUTPUTS - 1) {
+        for (int c = 0; c < CONTEXT; ++c) sum += w.skip[c] * load(directions + (c - CONTEXT) * WIDTH + v * LANES);
+        sum = tanh_(sum);
+      }
       store(y + o * WIDTH + v * LANES, sum);
     }
   if constexpr (DIRECTIONS == 0) {
     for (int j = 0; j < WIDTH; ++j) update[j] = y[j] * scale;
   } else {
-    for (int j = 0; j < WIDTH; ++j) update[j] = std::exp(range * y[j]) * scale;
+    if constexpr (GROWS) {
+      float* __restrict last = y + (OUTPUTS - 1) * WIDTH;
+      for (int j = 0; j < WIDTH; ++j) {
+        const float grown = log_size[j] + in.growth * last[j];
+        const float held = grown > MOST_GROWN ? MOST_GROWN : grown < -MOST_GROWN ? -MOST_GROWN : grown;
+        const float slope = in.growth * (1.0f - last[j] * last[j]);
+        last[j] = held != grown ? 0.0f : slope > 1e-30f ? slope : 1e-30f;  // tells the bound from a flat tanh
+        log_size[j] = active[j] != 0.0f ? held : log_size[j];
+      }
+    }
+    for (int i = 0; i < WIDTH; i += LANES) {
+      Vec log = in.range * load(y + i);
+      if constexpr (GROWS) log += load(log_size + i);
+      store(size + i, exp_(log) * scale);
+    }
     for (int j = 0; j < WIDTH; ++j) {
       float sum = 0.0f;
       for (int d = 0; d < DIRECTIONS; ++d) sum += y[(d + 1) * WIDTH + j] * directions[d * WIDTH + j];
-      update[j] *= sum;
+      update[j] = size[j] * sum;
     }
   }
 }
@@ -439,12 +520,12 @@ inline void read_out(const Weights& w, const float* top, const float* directions
 struct StepScratch {
   alignas(64) float joined[LAYERS][(WIDEST + HIDDEN) * WIDTH], gates[GATES * WIDTH], cells[HIDDEN * WIDTH],
       tanh_cell[HIDDEN * WIDTH], top[HIDDEN * WIDTH], x[ROWS * WIDTH], active[WIDTH], y[OUTPUTS * WIDTH],
-      out[WIDTH];
+      log_size[WIDTH], size[WIDTH], out[WIDTH];
   Averages averages;
 };
 
-struct State {  // hidden and cells [LAYERS, HIDDEN, n], averages [n]
-  float *hidden, *cells, *m, *v;
+struct State {  // hidden and cells [LAYERS, HIDDEN, n], averages and log_size [n]
+  float *hidden, *cells, *m, *v, *log_size;
 };
 
 // `after` may be where the state is read from.
@@ -479,7 +560,9 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
       }
     }
   }
-  read_out(w, s.top, s.x + FEATURES * WIDTH, in.range, scale, s.y, s.out);
+  if (GROWS) load_row(in.log_size + column, width, s.log_size);
+  read_out(w, s.top, s.x + FEATURES * WIDTH, in, scale, s.active, s.y, s.log_size, s.size, s.out);
+  if (GROWS) store_row(s.log_size, width, after.log_size + column);
   for (int j = 0; j < WIDTH; ++j) s.out[j] = s.active[j] != 0.0f ? s.out[j] : 0.0f;
   store_row(s.out, width, update + column);
 }
@@ -488,15 +571,15 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
 struct Sums {
   alignas(64) float dense[(DENSE * FEATURES + 1) * LANES], dense_bias[(DENSE + 1) * LANES];
   alignas(64) float weight[LAYERS][GATES * (WIDEST + HIDDEN) * LANES], bias[LAYERS][GATES * LANES];
-  alignas(64) float output[OUTPUTS * HIDDEN * LANES], output_bias[OUTPUTS * LANES];
+  alignas(64) float output[OUTPUTS * HIDDEN * LANES], output_bias[OUTPUTS * LANES], skip[(CONTEXT + 1) * LANES];
 };
 
 // The rows of a run of steps that one block keeps; sizes in floats.
 struct Tape {
-  float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *update, *active;
+  float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *update, *size, *active;
   static size_t floats(int steps) {
     const size_t t = steps;
-    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 2);
+    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3);
     for (int l = 0; l < LAYERS; ++l) rows += (t + 1) * joined_of(l) + t * GATES + (t + 1) * HIDDEN + t * HIDDEN;
     return rows * WIDTH;
   }
@@ -511,6 +594,7 @@ struct Tape {
     top = take((t + 1) * HIDDEN);
     y = take(t * OUTPUTS);
     update = take(t);
+    size = take(t);
     active = take(t);
     for (int l = 0; l < LAYERS; ++l) {
       joined[l] = take((t + 1) * joined_of(l));
@@ -525,7 +609,9 @@ struct Tape {
 void replay(const Weights& w, const Inputs& in, const float* hidden, const float* cells, ptrdiff_t ld, ptrdiff_t column,
             int width, int slot, int steps, float scale, Tape& tape) {
   Averages averages;
+  alignas(64) float log_size[WIDTH];
   load_averages(in, column, width, averages);
+  if (GROWS) load_row(in.log_size + column, width, log_size);
   for (int l = 0; l < LAYERS; ++l)
     for (int h = 0; h < HIDDEN; ++h) {
       const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
@@ -548,8 +634,8 @@ void replay(const Weights& w, const Inputs& in, const float* hidden, const float
       float* above = l + 1 < LAYERS ? tape.joined[l + 1] + t * joined_of(l + 1) * WIDTH : tape.top + t * HIDDEN * WIDTH;
       std::memcpy(above, next, HIDDEN * WIDTH * sizeof(float));
     }
-    read_out(w, tape.top + t * HIDDEN * WIDTH, x + FEATURES * WIDTH, in.range, scale, tape.y + t * OUTPUTS * WIDTH,
-             tape.update + t * WIDTH);
+    read_out(w, tape.top + t * HIDDEN * WIDTH, x + FEATURES * WIDTH, in, scale, tape.active + t * WIDTH,
+             tape.y + t * OUTPUTS * WIDTH, log_size, tape.size + t * WIDTH, tape.update + t * WIDTH);
   }
 }
 
@@ -558,13 +644,16 @@ struct Outward {
   const float *hidden_in, *cells_in;  // of the state after the run [LAYERS, HIDDEN, ld], or null for zero
   float *hidden_out, *cells_out;      // of the state before it, or null; may be the same places
   float* x_out;                       // of the rows [steps, ROWS, ld], or null
+  const float* log_in;                // of log_size [ld] after the run, or null for zero
+  float* log_out;                     // of log_size before it, or null; may be the same place
 };
 
 // Back through the same steps; gates on the tape become the derivatives with respect to what they are activated from.
 void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int summed, const Outward& outward,
-          ptrdiff_t ld, ptrdiff_t column, int width, int slot, int steps, float range, float scale, Tape& tape, Sums& sums) {
+          ptrdiff_t ld, ptrdiff_t column, int width, int slot, int steps, float range, Tape& tape, Sums& sums,
+          float scale) {
   alignas(64) float d_hidden[LAYERS][HIDDEN * WIDTH], d_cell[LAYERS][HIDDEN * WIDTH], d_above[HIDDEN * WIDTH],
-      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH];
+      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH], d_log[WIDTH];
   for (int l = 0; l < LAYERS; ++l)
     for (int h = 0; h < HIDDEN; ++h) {
       const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
@@ -579,10 +668,13 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
       }
     }
   std::memset(later, 0, sizeof later);
+  std::memset(d_log, 0, sizeof d_log);
+  if (GROWS && outward.log_in) load_row(outward.log_in + column, width, d_log);
   for (int t = slot + steps - 1; t >= slot; --t) {
     load_row(cotangents + (t - slot) * cotangent_ld + column, width, row);
     fetch_next<0>(cotangents + (t - slot) * cotangent_ld + column);
     float *y = tape.y + t * OUTPUTS * WIDTH, *active = tape.active + t * WIDTH, *update = tape.update + t * WIDTH;
+    const float* size = tape.size + t * WIDTH;
     const float *top = tape.top + t * HIDDEN * WIDTH, *directions = tape.x + (t * ROWS + FEATURES) * WIDTH;
     for (int j = 0; j < WIDTH; ++j) {
       later[j] = summed ? later[j] + row[j] : row[j];
@@ -593,9 +685,16 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
       for (int j = 0; j < WIDTH; ++j) y[j] = row[j] * scale * (OUTPUT_TANH ? 1.0f - y[j] * y[j] : 1.0f);
     } else {
       for (int j = 0; j < WIDTH; ++j) {
-        const float size = std::exp(range * y[j]) * scale;
-        y[j] = row[j] * update[j] * (1.0f - y[j] * y[j]);
-        row[j] *= size;
+        const float d_size = row[j] * update[j];  // of the logarithm of the size
+        y[j] = d_size * (1.0f - y[j] * y[j]);
+        row[j] *= size[j];
+        if constexpr (GROWS) {
+          float* __restrict last = y + (OUTPUTS - 1) * WIDTH;
+          const float d = d_log[j] + d_size, slope = last[j];
+          const bool moves = active[j] != 0.0f;
+          last[j] = moves ? d * slope : 0.0f;
+          d_log[j] = !moves || slope != 0.0f ? d : 0.0f;
+        }
       }
       for (int d = 0; d < DIRECTIONS; ++d) {
         float* __restrict share = y + (d + 1) * WIDTH;
@@ -612,6 +711,12 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
       Vec s = load(sums.output_bias + o * LANES);
       for (int v = 0; v < VECTORS; ++v) s += load(y + o * WIDTH + v * LANES);
       store(sums.output_bias + o * LANES, s);
+    }
+    for (int c = 0; c < CONTEXT; ++c) {
+      Vec s = load(sums.skip + c * LANES);
+      for (int v = 0; v < VECTORS; ++v)
+        s += load(y + (OUTPUTS - 1) * WIDTH + v * LANES) * load(directions + (c - CONTEXT) * WIDTH + v * LANES);
+      store(sums.skip + c * LANES, s);
     }
     for (int h = 0; h < HIDDEN; ++h)
       for (int v = 0; v < VECTORS; ++v) {
@@ -667,9 +772,14 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
       }
     }
     if (outward.x_out)
+      for (int c = 0; c < CONTEXT; ++c)
+        for (int j = 0; j < WIDTH; ++j)
+          d_x[(FEATURES - CONTEXT + c) * WIDTH + j] += w.skip[c] * y[(OUTPUTS - 1) * WIDTH + j];
+    if (outward.x_out)
       for (int f = 0; f < FEATURES; ++f)
         store_row(d_x + f * WIDTH, width, outward.x_out + (ptrdiff_t(t - slot) * ROWS + f) * ld + column);
   }
+  if (GROWS && outward.log_out) store_row(d_log, width, outward.log_out + column);
   if (outward.hidden_out)
     for (int l = 0; l < LAYERS; ++l)
       for (int h = 0; h < HIDDEN; ++h) {
@@ -718,6 +828,7 @@ void reduce(const Sums& sums, float* out) {  // [AT.size]
   }
   reduce(sums.output, OUTPUTS * HIDDEN, out + AT.output_weight);
   reduce(sums.output_bias, OUTPUTS, out + AT.output_bias);
+  reduce(sums.skip, CONTEXT, out + AT.skip);
 }
 
 constexpr size_t ALIGNMENT = 64;
@@ -748,13 +859,15 @@ void lstm_pack(const float* theta, long sets, void* weights) {
 // [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Rows of the
 // old state are state_ld apart, of the new one out_ld.
 void lstm_step(const void* packed, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
-              const float* step, int shared_step, const double* betas, float eps, float range, const float* hidden,
-              const float* cells, long state_ld, float* m_out, float* v_out, float* hidden_out, float* cells_out,
-              long out_ld, float scale, float* update, int threads) {
+              const float* step, int shared_step, const double* betas, float eps, float range, float growth,
+              const float* hidden, const float* cells, const float* log_size, long state_ld, float* m_out, float* v_out,
+              float* hidden_out, float* cells_out, float* log_size_out, long out_ld, const float* context, long tensors,
+              const int* tensor, float scale, float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
   const Weights* weights = static_cast<const Weights*>(packed);
-  const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, eps, range, nullptr};
-  const State after{hidden_out, cells_out, m_out, v_out};
+  const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, eps, range, nullptr, log_size, growth,
+                  context, tensors, tensor};
+  const State after{hidden_out, cells_out, m_out, v_out, log_size_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
   {
     StepScratch scratch;
@@ -767,14 +880,95 @@ void lstm_step(const void* packed, long sets, long per_set, int kind, const floa
   }
 }
 
+// Back through the inputs of kind NORMALIZED: from derivatives with respect to them, x [2, n], and with respect to the new
+// averages and step counts, d_m, d_v and d_step [n], to those with respect to the gradients, d_grads [n], and what was
+// before the step, in place.
+void lstm_normalized_back(const float* grads, const float* m, const float* v, const float* step, double decay,
+                          float eps, long n, const float* x, float* d_m, float* d_v, float* d_step, float* d_grads,
+                          int threads) {
+  const float beta = float(decay), rest = float(1.0 - decay), rate = float(std::log(decay));
+  constexpr int AT_ONCE = 256;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n > 8192)
+  for (long start = 0; start < n; start += AT_ONCE) {
+    const int width = n - start < AT_ONCE ? int(n - start) : AT_ONCE;
+    float correction[AT_ONCE];
+    for (int j = 0; j < width; ++j) {
+      const bool again = j && step[start + j] == step[start + j - 1];
+      correction[j] = again ? correction[j - 1] : -std::expm1(rate * (step[start + j] + 1.0f));
+    }
+    for (int j = 0; j < width; ++j) {
+      const long i = start + j;
+      const float g = grads[i], new_m = m[i] * beta + g * rest, new_v = v[i] * beta + g * g * rest;
+      const bool idle = new_v == 0.0f;
+      const float root = std::sqrt(idle ? 1.0f : new_v / correction[j]), scale = 1.0f / (root + eps);
+      const float mean = new_m / correction[j];
+      const float d_scale = x[i] * g + x[n + i] * mean;
+      const float by_v = idle ? 0.0f : d_scale * scale * scale * 0.5f / (root * correction[j]);
+      const float by_m = x[n + i] * scale / correction[j];
+      const float into_v = d_v[i] - by_v, into_m = d_m[i] + by_m;
+      const float by_correction = (by_v * new_v - by_m * new_m) / correction[j];
+      d_step[i] -= by_correction * rate * (1.0f - correction[j]);
+      d_grads[i] = x[i] * scale + into_m * rest + into_v * 2.0f * g * rest;
+      d_m[i] = into_m * beta;
+      d_v[i] = into_v * beta;
+    }
+  }
+}
+
+// Sums over the coordinates of every tensor, bounds [tensors + 1] telling where each begins, of
+// a², b₁², b₂², b₃², a b₁, a b₂, a b₃ and b₁ b₃, where a is the gradient and b the averages of it before the step, all
+// divided by the root of the average square after it. What is not finite is left out. sums [8, tensors].
+void lstm_context(const float* grads, const float* m, const float* v, long ld, double beta, const long* bounds,
+                  long tensors, double* sums, int threads) {
+  const float keep = float(beta), rest = float(1.0 - beta);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && bounds[tensors] > 4096)
+  for (long s = 0; s < tensors; ++s) {
+    double total[8] = {};
+    for (long start = bounds[s]; start < bounds[s + 1]; start += 1024) {
+      const long stop = bounds[s + 1] < start + 1024 ? bounds[s + 1] : start + 1024;
+      float part[8][WIDTH] = {};
+      for (long i = start; i < stop; i += WIDTH) {
+        const int width = stop - i < WIDTH ? int(stop - i) : WIDTH;
+        float x[5][WIDTH];
+        load_row(grads + i, width, x[0]);
+        for (int k = 0; k < 3; ++k) load_row(m + k * ld + i, width, x[1 + k]);
+        load_row(v + i, width, x[4]);
+        for (int j = 0; j < WIDTH; ++j) {
+          const float square = x[4][j] * keep + x[0][j] * x[0][j] * rest;
+          const float scale = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f;
+          float a = x[0][j] * scale, b1 = x[1][j] * scale, b2 = x[2][j] * scale, b3 = x[3][j] * scale;
+          const bool sound = std::fabs(a) + std::fabs(b1) + std::fabs(b2) + std::fabs(b3) < 1e15f;
+          a = sound ? a : 0.0f;
+          b1 = sound ? b1 : 0.0f;
+          b2 = sound ? b2 : 0.0f;
+          b3 = sound ? b3 : 0.0f;
+          part[0][j] += a * a;
+          part[1][j] += b1 * b1;
+          part[2][j] += b2 * b2;
+          part[3][j] += b3 * b3;
+          part[4][j] += a * b1;
+          part[5][j] += a * b2;
+          part[6][j] += a * b3;
+          part[7][j] += b1 * b3;
+        }
+      }
+      for (int k = 0; k < 8; ++k)
+        for (int j = 0; j < WIDTH; ++j) total[k] += part[k][j];
+    }
+    for (int k = 0; k < 8; ++k) sums[k * tensors + s] = total[k];
+  }
+}
+
 // Back through `steps` steps of n coordinates with one theta. Row t of grads and cotangents starts t * ld floats further
 // on; state rows are state_ld apart. With `summed` the cotangent of an update is the sum of its row and all later
 // ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.
 int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
                   const float* v, const float* step, int shared_step, const double* betas, float eps, float range,
-                  const unsigned char* active, const float* hidden, const float* cells, long state_ld,
-                  const float* cotangents, long cotangent_ld, int summed, const float* hidden_in, const float* cells_in,
-                  float* hidden_out, float* cells_out, float* x_out, float scale, float* theta_grads, int threads) {
+                  float growth, const unsigned char* active, const float* hidden, const float* cells,
+                  const float* log_size, long state_ld, const float* cotangents, long cotangent_ld, int summed,
+                  const float* hidden_in, const float* cells_in, const float* log_in, float* hidden_out,
+                  float* cells_out, float* log_out, float* x_out, const float* context, long tensors, const int* tensor,
+                  float scale, float* theta_grads, int threads) {
   const long blocks = (n + WIDTH - 1) / WIDTH, wanted = blocks * steps / GROUP_STEPS;
   const long most = blocks < GROUPS ? blocks : GROUPS, groups = wanted < 1 ? 1 : wanted < most ? wanted : most;
   const int slots = steps == 1 ? SLOTS : steps;
@@ -783,8 +977,9 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
   int failed = !weights || !parts;
   if (!failed) {
     fill(*weights, theta);
-    const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, eps, range, active};
-    const Outward outward{hidden_in, cells_in, hidden_out, cells_out, x_out};
+    const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, eps, range, active, log_size, growth,
+                    context, tensors, tensor};
+    const Outward outward{hidden_in, cells_in, hidden_out, cells_out, x_out, log_in, log_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && groups > 1)
     {
       float* memory = aligned<float>(Tape::floats(slots));
@@ -803,8 +998,8 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
           const long start = b * WIDTH;
           const int width = n - start < WIDTH ? int(n - start) : WIDTH;
           replay(*weights, in, hidden, cells, state_ld, start, width, slot, steps, scale, tape);
-          back(*weights, cotangents, cotangent_ld, summed, outward, state_ld, start, width, slot, steps, range, scale,
-               tape, *sums);
+          back(*weights, cotangents, cotangent_ld, summed, outward, state_ld, start, width, slot, steps, range,
+               tape, *sums, scale);
           slot += steps;
           if (slot + steps > slots) {
             accumulate(tape, slot, *sums);

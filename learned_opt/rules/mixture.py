@@ -8,8 +8,17 @@ and its averages at three time scales, each divided by the root of the average s
 
 so that it turns with the gradient's sign by construction, and its size may range over e^±R. At first the only share is
 −1 of the fastest momentum: Adam with learning rate `scale`. The LSTM learns when to take longer and shorter steps, and
-which memory to trust. Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction
-times the exponential of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
+which memory to trust.
+
+With `growth`, one more output y₅ makes the step grow or shrink for good: its size has another factor exp(sₜ), where
+sₜ = sₜ₋₁ + growth·tanh(y₅), so that steps find their scale wherever it lies. y₅ and the LSTM are told how well the gradient of the
+*whole tensor* agrees with its momenta (`features.agreement`), and y₅ begins as half of the agreement with each of the
+slower two, less a tenth: steps grow while gradients go on as before, and shrink where they turn. That much is the idea
+of Rprop (Riedmiller and Braun 1993) and of hypergradients (Baydin et al. 2018); when, by how much, and for how long it
+is right is learned.
+
+Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction times the exponential
+of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
 """
 
 from __future__ import annotations
@@ -24,8 +33,19 @@ import torch
 from learned_opt.rules import native
 from learned_opt.rules.base import RuleConfig
 from learned_opt.rules.compiled import CompiledRule
-from learned_opt.rules.features import NUM_DIRECTIONS, NUM_EVEN, NUM_MOMENTA, momenta
+from learned_opt.rules.context import TensorLayout
+from learned_opt.rules.features import (
+    NUM_CONTEXT,
+    NUM_DIRECTIONS,
+    NUM_EVEN,
+    NUM_MOMENTA,
+    agreement,
+    agreement_terms,
+    momenta,
+)
 from learned_opt.task import Tensors
+
+_MOST_GROWN = 12.0  # the kernel's, too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +60,8 @@ class MixtureRuleConfig(RuleConfig):
         hidden_size: units of the LSTM, at least 1.
         output_scale: the step that all is relative to, positive, in units of the parameters.
         range: R, bound of the logarithm of a step over `output_scale`, positive.
+        growth: the most that a step's logarithm grows or shrinks by for good in one step, not negative; 0 leaves this
+            out, the state that it needs, and what is asked of whole tensors.
     """
 
     fast: float = 0.9
@@ -51,6 +73,7 @@ class MixtureRuleConfig(RuleConfig):
     hidden_size: int = 8
     output_scale: float = 0.01
     range: float = 6.0
+    growth: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("fast", "medium", "slow", "square", "slow_square"):
@@ -59,6 +82,8 @@ class MixtureRuleConfig(RuleConfig):
         for name in ("eps", "output_scale", "range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if not 0 <= self.growth < math.inf:
+            raise ValueError(f"growth must be finite and not negative; got {self.growth}")
         if self.hidden_size < 1:
             raise ValueError(f"hidden_size must be at least 1; got {self.hidden_size}")
 
@@ -71,7 +96,8 @@ class MixtureRuleConfig(RuleConfig):
 class MixtureRule(CompiledRule):
     """The LSTM that mixes momenta.
 
-    State: "hidden" and "cell" [1, hidden, n], "m" [3, n], "v" [2, n], "step".
+    State: "hidden" and "cell" [1, hidden, n], "m" [3, n], "v" [2, n], "step", and with `growth` "log_size" [n], which
+    stays within ±12.
     """
 
     kind: ClassVar[str] = "mixture"
@@ -79,6 +105,7 @@ class MixtureRule(CompiledRule):
 
     def __init__(self, config: MixtureRuleConfig | None = None) -> None:
         self.config = config or MixtureRuleConfig()
+        self.num_context = NUM_CONTEXT if self.config.growth else 0
 
     def init_theta(self, generator: torch.Generator) -> Tensors:
         """Uniform(±1/√hidden) weights as in `torch.nn.LSTM`, forget bias 1; the read-out a tenth of that, and Adam."""
@@ -90,59 +117,105 @@ class MixtureRule(CompiledRule):
 
         bias = torch.zeros(4 * size)
         bias[size : 2 * size] = 1.0
-        shares = torch.zeros(1 + NUM_DIRECTIONS)
+        shares = torch.zeros(self._num_outputs)
         shares[2] = -1.0
-        return {
-            "lstm.0.weight": uniform(bound, 4 * size, NUM_EVEN + size),
+        theta = {
+            "lstm.0.weight": uniform(bound, 4 * size, self._num_inputs + size),
             "lstm.0.bias": bias,
-            "output.weight": uniform(bound / 10, 1 + NUM_DIRECTIONS, size),
+            "output.weight": uniform(bound / 10, self._num_outputs, size),
             "output.bias": shares,
         }
+        if self.config.growth:
+            # Without an LSTM's say this is Adam whose steps find their scale, and never far from a tuned one.
+            theta["output.weight"].zero_()
+            theta["output.bias"][-1] = -0.1  # steps shrink where nothing speaks for longer ones
+            theta["output.skip"] = torch.tensor([0.0, 0.5, 0.5, 0.0])
+        return theta
+
+    @property
+    def _num_inputs(self) -> int:
+        return NUM_EVEN + self.num_context
+
+    @property
+    def _num_outputs(self) -> int:
+        return 1 + NUM_DIRECTIONS + (self.config.growth > 0)
+
+    def context_terms(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
+        return agreement_terms(grads, state, self.config.square)
+
+    def context_of(self, sums: torch.Tensor) -> torch.Tensor:
+        return agreement(sums)
+
+    def context_sums(self, grads: torch.Tensor, state: Tensors, layout: TensorLayout) -> torch.Tensor:
+        kernel = native.kernel(self.native_shape) if native.usable(grads, *state.values()) else None
+        if kernel is None:
+            return super().context_sums(grads, state, layout)
+        return kernel.context_sums(grads, state, self.config.square, layout)
 
     def init_state(
         self, num_coordinates: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensors:
         size = self.config.hidden_size
         rows = {"hidden": (1, size), "cell": (1, size), "m": (NUM_MOMENTA,), "v": (2,), "step": ()}
+        if self.config.growth:
+            rows["log_size"] = ()
         return {n: torch.zeros(*lead, num_coordinates, dtype=dtype, device=device) for n, lead in rows.items()}
 
     def update(
-        self, theta: Tensors, grads: torch.Tensor, params: torch.Tensor, state: Tensors
+        self,
+        theta: Tensors,
+        grads: torch.Tensor,
+        params: torch.Tensor,
+        state: Tensors,
+        context: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Tensors]:
         c = self.config
         directions, inputs, new_state, active = momenta(grads, state, c.betas, c.eps)
-        joined = torch.cat([inputs, state["hidden"][0]])
+        told = [grads.new_zeros(NUM_CONTEXT, len(grads)) if context is None else context] if c.growth else []
+        joined = torch.cat([inputs, *told, state["hidden"][0]])
         gates = torch.addmm(theta["lstm.0.bias"][:, None], theta["lstm.0.weight"], joined)
         i, f, o = gates[: 3 * c.hidden_size].sigmoid().chunk(3)
         cell = f * state["cell"][0] + i * gates[3 * c.hidden_size :].tanh()
         hidden = o * cell.tanh()
         out = torch.addmm(theta["output.bias"][:, None], theta["output.weight"], hidden)
-        size = ((out[0] / c.range).tanh() * c.range).exp() * c.output_scale
-        update = size * (out[1:] * directions).sum(0)
-        return torch.where(active, update, 0.0), {**new_state, "hidden": hidden[None], "cell": cell[None]}
+        new_state |= {"hidden": hidden[None], "cell": cell[None]}
+        log_size = (out[0] / c.range).tanh() * c.range
+        if c.growth:
+            rate = (out[-1] + theta["output.skip"] @ told[0]).tanh()
+            grown = (state["log_size"] + c.growth * rate).clamp(-_MOST_GROWN, _MOST_GROWN)
+            new_state["log_size"] = torch.where(active, grown, state["log_size"])
+            log_size = log_size + new_state["log_size"]
+        update = log_size.exp() * c.output_scale * (out[1 : 1 + NUM_DIRECTIONS] * directions).sum(0)
+        return torch.where(active, update, 0.0), new_state
 
     @functools.cached_property
     def native_shape(self) -> native.Shape:
         """What the kernel is compiled for."""
         return native.Shape(
-            num_features=NUM_EVEN,
+            num_features=self._num_inputs,
             dense_units=0,
             num_layers=1,
             hidden_size=self.config.hidden_size,
             output_tanh=False,
             num_directions=NUM_DIRECTIONS,
+            num_context=self.num_context,
         )
 
     @functools.cached_property
     def native_inputs(self) -> native.Inputs:
         """How the kernel turns gradients into inputs."""
         c = self.config
-        return native.Inputs(kind="momenta", betas=c.betas, eps=c.eps, log_range=c.range)
+        return native.Inputs(kind="momenta", betas=c.betas, eps=c.eps, log_range=c.range, growth=c.growth)
 
     @property
     def native_scale(self) -> float:
         return self.config.output_scale
 
-    def native_rows(self, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
+    def native_rows(
+        self, grads: torch.Tensor, state: Tensors, layout: TensorLayout | None
+    ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
         directions, inputs, after, active = momenta(grads, state, self.config.betas, self.config.eps)
-        return torch.cat([inputs, directions]), after, active
+        told = self.context_rows(grads, state, layout)
+        if told is None:
+            told = grads.new_zeros(self.num_context, len(grads))
+        return torch.cat([inputs, told, directions]), after, active

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 
 from learned_opt.rules import build
+from learned_opt.rules import native_calls as calls
+from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.task import Tensors
 
 _SOURCE = Path(__file__).with_name("lstm_kernel.cpp")
@@ -35,6 +37,8 @@ class Shape:
         num_features, dense_units, num_layers, hidden_size: of the network; no dense layer with 0 units.
         output_tanh: whether the outputs pass through tanh.
         num_directions: 0 where the one output is the update; else how many directions the update is mixed from.
+        num_context: how many of the features are of the whole parameter tensor. With any, one more output changes
+            "log_size", the logarithm of what a mixed step is multiplied by.
     """
 
     num_features: int
@@ -43,6 +47,7 @@ class Shape:
     hidden_size: int
     output_tanh: bool
     num_directions: int = 0
+    num_context: int = 0
 
     def defines(self) -> list[str]:
         """The compiler's arguments."""
@@ -53,6 +58,7 @@ class Shape:
             "HIDDEN": self.hidden_size,
             "OUTPUT_TANH": int(self.output_tanh),
             "DIRECTIONS": self.num_directions,
+            "CONTEXT": self.num_context,
         }
         return [f"-D{name}={value}" for name, value in values.items()]
 
@@ -73,12 +79,14 @@ class Inputs:
         betas: decays of the averages: one with "normalized", five with "momenta".
         eps: of "normalized" and "momenta".
         log_range: of "log_and_sign"; with directions, bound of the logarithm of a step.
+        growth: the most that "log_size" changes by in a step.
     """
 
     kind: str
     betas: tuple[float, ...] = ()
     eps: float = 0.0
     log_range: float = 1.0
+    growth: float = 0.0
 
 
 def enabled() -> bool:
@@ -102,24 +110,6 @@ def _load(shape: Shape) -> LSTMKernel | None:
     return None if library is None else LSTMKernel(shape, library)
 
 
-def _threads() -> int:
-    """How many threads the kernel may use: the numbers do not depend on it."""
-    return 1 if _forked else torch.get_num_threads()
-
-
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-# OpenMP's threads do not live on in a forked process, which would wait for them forever.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)
-
-
 def flatten(theta: Tensors, names: Sequence[str], num_sets: int = 1) -> torch.Tensor:
     """The tensors of these names, in the kernel's order, as [num_sets, numbers]."""
     return torch.cat([theta[name].reshape(num_sets, -1) for name in names], 1)
@@ -136,33 +126,29 @@ class LSTMKernel:
 
     def __init__(self, shape: Shape, library: ctypes.CDLL) -> None:
         self.shape = shape
-        pointer, long, integer, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-        self._step, self._backward = library.lstm_step, library.lstm_backward
-        self._step.argtypes = [
-            *(pointer, long, long, integer, pointer, pointer, pointer, pointer, integer, pointer, real, real),
-            *(pointer, pointer, long, pointer, pointer, pointer, pointer, long, real, pointer, integer),
-        ]
-        self._backward.argtypes = [
-            *(pointer, long, integer, integer, pointer, long, pointer, pointer, pointer, integer, pointer, real, real),
-            *(pointer, pointer, pointer, long, pointer, long, integer, pointer, pointer, pointer, pointer, pointer),
-            *(real, pointer, integer),
-        ]
-        self._step.restype = None
-        self._pack = library.lstm_pack
-        self._pack.argtypes, self._pack.restype = [pointer, long, pointer], None
-        library.lstm_weights_size.restype = long
+        calls.declare(library)
+        self._step, self._backward, self._pack = library.lstm_step, library.lstm_backward, library.lstm_pack
+        self._context, self._normalized_back = library.lstm_context, library.lstm_normalized_back
         self.weights_size = int(library.lstm_weights_size())
         self.theta_size = int(library.lstm_theta_size())
 
     def pack(self, flat: torch.Tensor) -> torch.Tensor:
         """Weights as `step` reads them, bytes [sets, …], from `flatten`'s [sets, theta_size]."""
-        _check(flat)
+        calls.check(flat)
         packed = torch.empty(len(flat), self.weights_size, dtype=torch.uint8)
         self._pack(flat.contiguous().data_ptr(), len(flat), packed.data_ptr())
         return packed
 
     def step(
-        self, packed: torch.Tensor, inputs: Inputs, scale: float, grads: torch.Tensor, state: Tensors, after: Tensors
+        self,
+        packed: torch.Tensor,
+        inputs: Inputs,
+        scale: float,
+        grads: torch.Tensor,
+        state: Tensors,
+        after: Tensors,
+        context: Context | None = None,
+        checked: tuple[Tensors, int] | None = None,
     ) -> torch.Tensor:
         """One step; "step" is only read.
 
@@ -173,38 +159,40 @@ class LSTMKernel:
             grads: [n], of equally many coordinates for every set, one set after the other.
             state: tensors [..., n].
             after: where the new state is written; may be `state` itself, or tensors that share no memory with it.
+            context: of the coordinates' tensors, for a shape with `num_context`; zeros by default.
+            checked: what `in_rows` said of `state`, where `after` is `state`, to save looking at it again.
 
         Returns:
             The update [n].
         """
         sets, n = packed.shape[0], grads.shape[0]
-        _check(grads, *state.values(), *after.values())
+        calls.check(grads)
         grads = grads.contiguous()
         update = torch.empty_like(grads)
-        before, spacing = _in_rows(state, n)
-        target, target_spacing = (before, spacing) if after is state else _in_rows(after, n)
-        averaging = "m" in state
+        before, spacing = checked or calls.in_rows(state, n)
+        target, target_spacing = (before, spacing) if after is state else calls.in_rows(after, n)
+        averaging, told = "m" in state, calls.told(context)
         self._step(
             packed.data_ptr(),
             sets,
             n // sets,
             _KINDS[inputs.kind],
             grads.data_ptr(),
-            *_averages(before),
-            _packed(inputs.betas),
+            *calls.averages(before),
+            calls.packed(inputs.betas),
             inputs.eps,
             inputs.log_range,
-            before["hidden"].data_ptr(),
-            before["cell"].data_ptr(),
+            inputs.growth,
+            *calls.network(before),
             spacing,
             target["m"].data_ptr() if averaging else None,
             target["v"].data_ptr() if averaging else None,
-            target["hidden"].data_ptr(),
-            target["cell"].data_ptr(),
+            *calls.network(target),
             target_spacing,
+            *told[:3],
             scale,
             update.data_ptr(),
-            _threads(),
+            calls.threads(),
         )
         for name, value in target.items():
             if value is not after[name] and name != "step":
@@ -219,6 +207,7 @@ class LSTMKernel:
         grads: torch.Tensor,
         state: Tensors,
         loss_grads: torch.Tensor,
+        context: Context | None = None,
     ) -> torch.Tensor:
         """`UpdateRule.backward`, as one flat vector [theta_size].
 
@@ -227,12 +216,13 @@ class LSTMKernel:
             inputs, scale: as in `step`.
             grads, loss_grads: [steps, n].
             state: before the first step, tensors [..., n]; only read.
+            context: of every step.
         """
-        _check(flat, grads, loss_grads, *state.values())
+        calls.check(flat, grads, loss_grads)
         out = flat.new_empty(self.theta_size)
         grads, loss_grads = (t if t.stride(-1) == 1 else t.contiguous() for t in (grads, loss_grads))
-        state, spacing = _in_rows(state, grads.shape[-1])
-        self._run(flat, inputs, scale, grads, grads.stride(0), state, spacing, loss_grads, 1, None, out, None)
+        state, spacing = calls.in_rows(state, grads.shape[-1])
+        self._run(flat, inputs, scale, grads, grads.stride(0), state, spacing, loss_grads, 1, None, out, None, context)
         return out
 
     def vjp(
@@ -252,21 +242,81 @@ class LSTMKernel:
             flat, inputs, scale: as in `backward`.
             rows: the network's inputs, and below them the directions if there are any, [rows, n].
             active: [n], bool: the coordinates that may move.
-            state: "hidden" and "cell" before the step.
+            state: what there is of `NETWORK_STATE`, before the step.
             d_update: [n].
-            d_state: cotangents of the new "hidden" and "cell", contiguous; overwritten with those of the old.
+            d_state: cotangents of what is new of `NETWORK_STATE`, contiguous; overwritten with those of the old.
 
         Returns:
             Derivatives with respect to theta [theta_size] and rows [rows, n].
         """
-        state = {name: state[name].contiguous() for name in ("hidden", "cell")}
+        state = {name: state[name].contiguous() for name in calls.NETWORK_STATE if name in state}
         rows, d_update = rows.contiguous(), d_update.contiguous()
-        _check(flat, rows, d_update, *state.values(), *d_state.values())
+        calls.check(flat, rows, d_update, *state.values(), *d_state.values())
         out, d_rows = flat.new_empty(self.theta_size), torch.empty_like(rows)
         given = dataclasses.replace(inputs, kind="given")
         n = rows.shape[-1]
         self._run(flat, given, scale, rows[None], n, state, n, d_update[None], 0, (d_state, d_rows), out, active)
         return out, d_rows
+
+    def whole_vjp(
+        self,
+        flat: torch.Tensor,
+        inputs: Inputs,
+        scale: float,
+        grads: torch.Tensor,
+        state: Tensors,
+        d_update: torch.Tensor,
+        d_state: Tensors,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pull cotangents of one step's update and new state back, through the network and its normalized inputs.
+
+        Args:
+            flat, inputs, scale: as in `backward`; inputs of kind "normalized".
+            grads, d_update: [n].
+            state: before the step, with a step count for every coordinate.
+            d_state: cotangents of the new state, contiguous; overwritten with those of the old.
+
+        Returns:
+            Derivatives with respect to theta [theta_size] and grads [n].
+        """
+        n = grads.shape[0]
+        state = {name: value.contiguous() for name, value in state.items()}
+        grads, d_update = grads.contiguous(), d_update.contiguous()
+        calls.check(flat, grads, d_update, *state.values(), *d_state.values())
+        out, d_rows, d_grads = flat.new_empty(self.theta_size), grads.new_empty(2, n), torch.empty_like(grads)
+        self._run(flat, inputs, scale, grads[None], n, state, n, d_update[None], 0, (d_state, d_rows), out, None)
+        self._normalized_back(
+            grads.data_ptr(),
+            *calls.averages(state)[:3],
+            inputs.betas[0],
+            inputs.eps,
+            n,
+            d_rows.data_ptr(),
+            *(d_state[name].data_ptr() for name in ("m", "v", "step")),
+            d_grads.data_ptr(),
+            calls.threads(),
+        )
+        return out, d_grads
+
+    def context_sums(self, grads: torch.Tensor, state: Tensors, beta: float, layout: TensorLayout) -> torch.Tensor:
+        """The sums [8, tensors] that `features.agreement_terms` describes, in float64.
+
+        Args:
+            grads: [n].
+            state: with "m" [3, n] and "v" [2, n].
+            beta: decay of the first of v.
+            layout: of the n coordinates.
+        """
+        calls.check(grads)
+        rows, spacing = calls.in_rows({"m": state["m"], "v": state["v"]}, grads.shape[0])
+        bounds = calls.bounds(layout)
+        sums = grads.new_empty(8, len(bounds) - 1, dtype=torch.float64)
+        grads = grads.contiguous()
+        self._context(
+            *(grads.data_ptr(), rows["m"].data_ptr(), rows["v"].data_ptr(), spacing, beta),
+            *(bounds.data_ptr(), len(bounds) - 1, sums.data_ptr(), calls.threads()),
+        )
+        return sums
 
     def _run(
         self,
@@ -282,11 +332,13 @@ class LSTMKernel:
         outward: tuple[Tensors, torch.Tensor] | None,
         out: torch.Tensor,
         active: torch.Tensor | None,
+        context: Context | None = None,
     ) -> None:
-        averages = _averages(state)
-        hidden = cell = d_rows = None
+        averages, told = calls.averages(state), calls.told(context)
+        around: calls.Addresses = (None, None, None)
+        d_rows = None
         if outward is not None:
-            hidden, cell, d_rows = (t.data_ptr() for t in (outward[0]["hidden"], outward[0]["cell"], outward[1]))
+            around, d_rows = calls.network(outward[0]), outward[1].data_ptr()
         failed = self._backward(
             flat.data_ptr(),
             grads.shape[-1],
@@ -295,68 +347,21 @@ class LSTMKernel:
             grads.data_ptr(),
             ld,
             *averages,
-            _packed(inputs.betas),
+            calls.packed(inputs.betas),
             inputs.eps,
             inputs.log_range,
+            inputs.growth,
             active.data_ptr() if active is not None else None,
-            state["hidden"].data_ptr(),
-            state["cell"].data_ptr(),
+            *calls.network(state),
             spacing,
             cotangents.data_ptr(),
             cotangents.stride(0),
             summed,
-            *(hidden, cell, hidden, cell, d_rows),
+            *(*around, *around, d_rows),
+            *told[:3],
             scale,
             out.data_ptr(),
-            _threads(),
+            calls.threads(),
         )
         if failed:
             raise MemoryError(f"no memory for going back over {grads.shape[0]} steps of an LSTM rule")
-
-
-@functools.cache
-def _packed(decays: tuple[float, ...]) -> ctypes.Array[ctypes.c_double]:
-    """The decays as the kernel reads them."""
-    return (ctypes.c_double * len(decays))(*decays)
-
-
-def _check(*tensors: torch.Tensor) -> None:
-    """Raise TypeError unless the kernel can read all of these."""
-    for tensor in tensors:
-        if tensor.dtype != torch.float32 or not tensor.is_cpu:
-            raise TypeError(
-                f"the LSTM kernel works on float32 tensors on the CPU; got {tensor.dtype} on {tensor.device}. Hold "
-                "theta, gradients and state in one dtype on one device"
-            )
-
-
-def _in_rows(state: Tensors, n: int) -> tuple[Tensors, int]:
-    """The state with all rows [n] contiguous and equally far apart, copied if need be, and how far that is."""
-    spacings = {_spacing(value) for name, value in state.items() if name != "step"} - {0}
-    if len(spacings) > 1 or -1 in spacings:
-        return {name: value.contiguous() for name, value in state.items()}, n
-    if "step" in state and not state["step"].is_contiguous():
-        state = {**state, "step": state["step"].contiguous()}
-    return state, spacings.pop() if spacings else n
-
-
-def _spacing(tensor: torch.Tensor) -> int:
-    """From one row of [..., n] to the next; 0 where there is one row only, −1 if rows lie otherwise."""
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        return -1
-    num_rows, spacing = 1, 0
-    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1])):
-        if size > 1:
-            spacing = spacing or stride
-            if stride != spacing * num_rows or stride == 0:
-                return -1
-            num_rows *= size
-    return spacing
-
-
-def _averages(state: Tensors) -> tuple[int | None, int | None, int | None, int]:
-    """Addresses of the moving averages and the step count, and whether one count is shared by all coordinates."""
-    if "m" not in state:
-        return None, None, None, 0
-    step = state["step"]
-    return state["m"].data_ptr(), state["v"].data_ptr(), step.data_ptr(), int(step.numel() == 1)
