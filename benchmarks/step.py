@@ -224,7 +224,7 @@ def main() -> None:
     """Print the table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rule", nargs="+", default=["compact", "mixture", "rnnprop", "l2l"], choices=sorted(rules.RULES)
+        "--rule", nargs="+", default=["paced", "compact", "mixture", "rnnprop", "l2l"], choices=sorted(rules.RULES)
     )
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)

@@ -519,13 +519,14 @@ def test_threads_and_neighbours_change_no_bit_of_the_sums():
     assert results[0].dtype == torch.float64
 
 
-def test_what_has_grown_is_held_within_its_bound():
-    rule = rules.get("mixture", growth=1.0)
+@pytest.mark.parametrize("most", [12.0, 1.5])
+def test_what_has_grown_is_held_within_its_bound(most):
+    rule = rules.get("mixture", growth=1.0, most_grown=most)
     theta, n = theta_of(rule), 64
     theta["output.bias"][-1] = torch.tensor(5.0)
     for sign in (1.0, -1.0):
         theta["output.bias"][-1] *= sign
-        state = {**started(rule, theta, n), "log_size": torch.full((n,), sign * 11.5)}
+        state = {**started(rule, theta, n), "log_size": torch.full((n,), most - 0.5 if sign > 0 else -11.5)}
         grads, loss_grads = grads_of(n, 3), grads_of(n, 3, seed=5).flip(1)
         got = rule.backward(theta, grads, torch.zeros(n), state, loss_grads, told(rule, n, 3))
         say = told(rule, n, 3)
@@ -541,4 +542,4 @@ def test_what_has_grown_is_held_within_its_bound():
         assert_close_to_largest(got, want, 5e-5)
         for grad in grads:
             _, state = stepper(rule, theta)(grad, torch.zeros(n), state, False, told(rule, n))
-        assert (state["log_size"][2:] == sign * 12).all()
+        assert (state["log_size"][2:] == (most if sign > 0 else -12)).all()

@@ -653,7 +653,7 @@ def test_steps_of_a_fresh_paced_rule_grow_while_gradients_agree_and_shrink_where
 
 
 def test_what_has_grown_multiplies_the_step_and_stays_within_its_bound():
-    paced, plain = rules.get("paced", growth=5.0), rules.get("mixture")
+    paced, plain = rules.get("mixture", growth=5.0), rules.get("mixture")
     theta, grads = theta_of(paced), grads_of(num_steps=4)
     silent = {
         "lstm.0.weight": torch.cat([theta["lstm.0.weight"][:, :10], theta["lstm.0.weight"][:, 14:]], 1),
@@ -710,6 +710,8 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("compact", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ("compact", {"hidden_size": 0}, "hidden_size must be at least 1; got 0"),
         ("paced", {"growth": -0.1}, "growth must be finite and not negative; got -0.1"),
+        ("paced", {"most_grown": 0.0}, r"most_grown must lie in \(0, 12\]; got 0.0"),
+        ("paced", {"most_grown": 12.5}, r"most_grown must lie in \(0, 12\]; got 12.5"),
         ("mixture", {"growth": math.inf}, "growth must be finite and not negative; got inf"),
         ("mixture", {"growth": math.nan}, "growth must be finite and not negative; got nan"),
         ("adam", {"lr": 0.0}, "lr must be positive; got 0.0"),

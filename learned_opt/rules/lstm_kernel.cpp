@@ -44,7 +44,7 @@ typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alia
 
 constexpr bool GROWS = CONTEXT > 0;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
-constexpr float MOST_GROWN = 12.0f;               // bound of the logarithm that a step has grown or shrunk by
+constexpr float MOST_SHRUNK = 12.0f;              // bound of the logarithm that a step has shrunk by
 constexpr int ROWS = FEATURES + DIRECTIONS;      // what is computed from the gradients, or given
 constexpr int FIRST = DENSE ? DENSE : FEATURES;  // inputs of the first layer
 constexpr int GATES = 4 * HIDDEN;
@@ -303,7 +303,7 @@ struct Inputs {
   float eps, range;
   const unsigned char* active;  // [steps, n], GIVEN
   const float* log_size;   // [state_ld], GROWS: what the step has grown or shrunk by
-  float growth;            // the most that it changes by in a step
+  float growth, most_grown;  // the most that it changes by in a step, and its upper bound
   const float* context;    // [steps, CONTEXT, tensors], but for GIVEN; null for zero
   long tensors;
   const int* tensor;       // [n], which tensor a coordinate belongs to; null where there is one
@@ -498,7 +498,7 @@ inline void read_out(const Weights& w, const float* top, const float* directions
       float* __restrict last = y + (OUTPUTS - 1) * WIDTH;
       for (int j = 0; j < WIDTH; ++j) {
         const float grown = log_size[j] + in.growth * last[j];
-        const float held = grown > MOST_GROWN ? MOST_GROWN : grown < -MOST_GROWN ? -MOST_GROWN : grown;
+        const float held = grown > in.most_grown ? in.most_grown : grown < -MOST_SHRUNK ? -MOST_SHRUNK : grown;
         const float slope = in.growth * (1.0f - last[j] * last[j]);
         last[j] = held != grown ? 0.0f : slope > 1e-30f ? slope : 1e-30f;  // tells the bound from a flat tanh
         log_size[j] = active[j] != 0.0f ? held : log_size[j];
@@ -859,13 +859,13 @@ void lstm_pack(const float* theta, long sets, void* weights) {
 // [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Rows of the
 // old state are state_ld apart, of the new one out_ld.
 void lstm_step(const void* packed, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
-              const float* step, int shared_step, const double* betas, float eps, float range, float growth,
+              const float* step, int shared_step, const double* betas, float eps, float range, float growth, float most_grown,
               const float* hidden, const float* cells, const float* log_size, long state_ld, float* m_out, float* v_out,
               float* hidden_out, float* cells_out, float* log_size_out, long out_ld, const float* context, long tensors,
               const int* tensor, float scale, float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
   const Weights* weights = static_cast<const Weights*>(packed);
-  const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, eps, range, nullptr, log_size, growth,
+  const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, eps, range, nullptr, log_size, growth, most_grown,
                   context, tensors, tensor};
   const State after{hidden_out, cells_out, m_out, v_out, log_size_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
@@ -964,7 +964,7 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, d
 // ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.
 int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
                   const float* v, const float* step, int shared_step, const double* betas, float eps, float range,
-                  float growth, const unsigned char* active, const float* hidden, const float* cells,
+                  float growth, float most_grown, const unsigned char* active, const float* hidden, const float* cells,
                   const float* log_size, long state_ld, const float* cotangents, long cotangent_ld, int summed,
                   const float* hidden_in, const float* cells_in, const float* log_in, float* hidden_out,
                   float* cells_out, float* log_out, float* x_out, const float* context, long tensors, const int* tensor,
@@ -977,7 +977,7 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
   int failed = !weights || !parts;
   if (!failed) {
     fill(*weights, theta);
-    const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, eps, range, active, log_size, growth,
+    const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, eps, range, active, log_size, growth, most_grown,
                     context, tensors, tensor};
     const Outward outward{hidden_in, cells_in, hidden_out, cells_out, x_out, log_in, log_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && groups > 1)

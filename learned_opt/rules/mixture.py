@@ -11,11 +11,11 @@ so that it turns with the gradient's sign by construction, and its size may rang
 which memory to trust.
 
 With `growth`, one more output y₅ makes the step grow or shrink for good: its size has another factor exp(sₜ), where
-sₜ = sₜ₋₁ + growth·tanh(y₅), so that steps find their scale wherever it lies. y₅ and the LSTM are told how well the gradient of the
-*whole tensor* agrees with its momenta (`features.agreement`), and y₅ begins as half of the agreement with each of the
-slower two, less a tenth: steps grow while gradients go on as before, and shrink where they turn. That much is the idea
-of Rprop (Riedmiller and Braun 1993) and of hypergradients (Baydin et al. 2018); when, by how much, and for how long it
-is right is learned.
+sₜ = sₜ₋₁ + growth·tanh(y₅), so that steps find their scale wherever it lies. y₅ and the LSTM are told how well the
+gradient of the *whole tensor* agrees with its momenta (`features.agreement`), and y₅ begins as half of the agreement
+with each of the slower two, less a tenth: steps grow while gradients go on as before, and shrink where they turn. That
+much is the idea of Rprop (Riedmiller and Braun 1993) and of hypergradients (Baydin et al. 2018); when, by how much, and
+for how long it is right is learned.
 
 Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction times the exponential
 of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
@@ -45,7 +45,7 @@ from learned_opt.rules.features import (
 )
 from learned_opt.task import Tensors
 
-_MOST_GROWN = 12.0  # the kernel's, too
+_MOST_SHRUNK = 12.0  # the kernel's, too
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class MixtureRuleConfig(RuleConfig):
         range: R, bound of the logarithm of a step over `output_scale`, positive.
         growth: the most that a step's logarithm grows or shrinks by for good in one step, not negative; 0 leaves this
             out, the state that it needs, and what is asked of whole tensors.
+        most_grown: bound of the logarithm that a step has grown by for good, in (0, 12]; it may shrink by e^−12.
     """
 
     fast: float = 0.9
@@ -74,6 +75,7 @@ class MixtureRuleConfig(RuleConfig):
     output_scale: float = 0.01
     range: float = 6.0
     growth: float = 0.0
+    most_grown: float = 12.0
 
     def __post_init__(self) -> None:
         for name in ("fast", "medium", "slow", "square", "slow_square"):
@@ -82,6 +84,8 @@ class MixtureRuleConfig(RuleConfig):
         for name in ("eps", "output_scale", "range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if not 0 < self.most_grown <= 12:
+            raise ValueError(f"most_grown must lie in (0, 12]; got {self.most_grown}")
         if not 0 <= self.growth < math.inf:
             raise ValueError(f"growth must be finite and not negative; got {self.growth}")
         if self.hidden_size < 1:
@@ -97,7 +101,7 @@ class MixtureRule(CompiledRule):
     """The LSTM that mixes momenta.
 
     State: "hidden" and "cell" [1, hidden, n], "m" [3, n], "v" [2, n], "step", and with `growth` "log_size" [n], which
-    stays within ±12.
+    stays between −12 and `most_grown`.
     """
 
     kind: ClassVar[str] = "mixture"
@@ -182,7 +186,7 @@ class MixtureRule(CompiledRule):
         log_size = (out[0] / c.range).tanh() * c.range
         if c.growth:
             rate = (out[-1] + theta["output.skip"] @ told[0]).tanh()
-            grown = (state["log_size"] + c.growth * rate).clamp(-_MOST_GROWN, _MOST_GROWN)
+            grown = (state["log_size"] + c.growth * rate).clamp(-_MOST_SHRUNK, c.most_grown)
             new_state["log_size"] = torch.where(active, grown, state["log_size"])
             log_size = log_size + new_state["log_size"]
         update = log_size.exp() * c.output_scale * (out[1 : 1 + NUM_DIRECTIONS] * directions).sum(0)
@@ -205,7 +209,9 @@ class MixtureRule(CompiledRule):
     def native_inputs(self) -> native.Inputs:
         """How the kernel turns gradients into inputs."""
         c = self.config
-        return native.Inputs(kind="momenta", betas=c.betas, eps=c.eps, log_range=c.range, growth=c.growth)
+        return native.Inputs(
+            kind="momenta", betas=c.betas, eps=c.eps, log_range=c.range, growth=c.growth, most_grown=c.most_grown
+        )
 
     @property
     def native_scale(self) -> float:

@@ -80,6 +80,7 @@ class Inputs:
         eps: of "normalized" and "momenta".
         log_range: of "log_and_sign"; with directions, bound of the logarithm of a step.
         growth: the most that "log_size" changes by in a step.
+        most_grown: its upper bound.
     """
 
     kind: str
@@ -87,6 +88,7 @@ class Inputs:
     eps: float = 0.0
     log_range: float = 1.0
     growth: float = 0.0
+    most_grown: float = 12.0
 
 
 def enabled() -> bool:
@@ -183,6 +185,7 @@ class LSTMKernel:
             inputs.eps,
             inputs.log_range,
             inputs.growth,
+            inputs.most_grown,
             *calls.network(before),
             spacing,
             target["m"].data_ptr() if averaging else None,
@@ -351,6 +354,7 @@ class LSTMKernel:
             inputs.eps,
             inputs.log_range,
             inputs.growth,
+            inputs.most_grown,
             active.data_ptr() if active is not None else None,
             *calls.network(state),
             spacing,

@@ -21,11 +21,11 @@ def declare(library: ctypes.CDLL) -> None:
     pointer, long, integer, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
     three = (pointer, pointer, pointer)  # the averages with the step count, or what is of `NETWORK_STATE`
     library.lstm_step.argtypes = [
-        *(pointer, long, long, integer, pointer, *three, integer, pointer, real, real, real),
+        *(pointer, long, long, integer, pointer, *three, integer, pointer, real, real, real, real),
         *(*three, long, pointer, pointer, *three, long, pointer, long, pointer, real, pointer, integer),
     ]
     library.lstm_backward.argtypes = [
-        *(pointer, long, integer, integer, pointer, long, *three, integer, pointer, real, real, real),
+        *(pointer, long, integer, integer, pointer, long, *three, integer, pointer, real, real, real, real),
         *(pointer, *three, long, pointer, long, integer, *three, *three, pointer),
         *(pointer, long, pointer, real, pointer, integer),
     ]
