@@ -30,7 +30,7 @@ from learned_opt.estimators.sharded import mean_over_ranks, sharded, with_own_co
 from learned_opt.estimators.table import SINGLE, make
 from learned_opt.particles import Particles, columns_of, join_states, select_state, start_particles
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
-from learned_opt.rules.context import TensorLayout, context
+from learned_opt.rules.context import TensorLayout, told
 from learned_opt.task import Tensors
 from learned_opt.unroll import Run, Segment, unroll
 
@@ -251,11 +251,11 @@ class Imitation(Estimator):
             at, chunk_error = params[part], grads.new_zeros(())
             for grad in grads[:, part]:
                 with torch.no_grad():
-                    told = _told(self.teacher, grad, teacher_state, layout)
-                    goal, teacher_state = self.teacher.update(teacher_theta, grad, at, teacher_state, *told)
-                    told = _told(work.rule, grad, rule_state, layout)
+                    more = told(self.teacher, grad, teacher_state, layout)
+                    goal, teacher_state = self.teacher.update(teacher_theta, grad, at, teacher_state, *more)
+                    more = told(work.rule, grad, rule_state, layout)
                 with torch.enable_grad():
-                    update, rule_state = work.rule.update(leaves, grad, at, rule_state, *told)
+                    update, rule_state = work.rule.update(leaves, grad, at, rule_state, *more)
                     chunk_error = chunk_error + (update - goal).square().sum()
                 norm = norm + goal.square().sum()
                 at = at + (goal if off else update.detach())
@@ -303,10 +303,6 @@ class Imitation(Estimator):
             return {**merged, "particles": None, "follower": {}}
         joined = join_states([_with_follower(part["particles"], part["follower"]) for part in present])
         return {**merged, **_without_follower(in_order_of_ids(joined))}
-
-
-def _told(rule: UpdateRule, grads: torch.Tensor, state: Tensors, layout: TensorLayout) -> tuple[torch.Tensor, ...]:
-    return (context(rule, grads, state, layout).rows(len(grads)),) if rule.num_context else ()
 
 
 def _with_follower(particles: dict[str, Any], follower: Tensors) -> dict[str, Any]:

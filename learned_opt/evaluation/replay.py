@@ -14,7 +14,7 @@ import torch
 
 from learned_opt.evaluation.metrics import Array
 from learned_opt.rules.base import UpdateRule
-from learned_opt.rules.context import TensorLayout, context
+from learned_opt.rules.context import TensorLayout, told
 from learned_opt.task import Tensors
 
 REFERENCES: dict[str, Callable[[list[torch.Tensor]], torch.optim.Optimizer]] = {
@@ -51,19 +51,14 @@ def run_steps(
     """
     params = torch.zeros_like(grads[0])
     updates, states = [], []
+    single = TensorLayout((1,), grads.shape[1])
     for step, grad in enumerate(grads):
-        told = _told(rule, grad, state) if context is None else (context[step],)
-        update, state = rule.update(theta, grad, params, state, *told)
+        more = told(rule, grad, state, single) if context is None else (context[step],)
+        update, state = rule.update(theta, grad, params, state, *more)
         params = params + update
         updates.append(update)
         states.append(state)
     return updates, states
-
-
-def _told(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, ...]:
-    if not rule.num_context:
-        return ()
-    return (context(rule, grads, state, TensorLayout((1,), len(grads))).rows(len(grads)),)
 
 
 @torch.no_grad()
@@ -80,8 +75,8 @@ def replay(rule: UpdateRule, theta: Tensors, gradients: npt.ArrayLike, context: 
     if grads.dim() != 2 or not grads.numel():
         raise ValueError(f"gradients must be [steps, n] with at least one of each; got shape {tuple(grads.shape)}")
     state = rule.init_state(grads.shape[1], dtype=torch.float64)
-    told = None if context is None else torch.as_tensor(np.asarray(context, dtype=np.float64))
-    updates, states = run_steps(rule, as_double(theta), grads, state, told)
+    contexts = None if context is None else torch.as_tensor(np.asarray(context, dtype=np.float64))
+    updates, states = run_steps(rule, as_double(theta), grads, state, contexts)
     kept = [name for name in state if name != "step"]
     rows: dict[str, Array] = {}
     for name in ["cell"] if "cell" in kept else kept:

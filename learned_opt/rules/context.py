@@ -87,6 +87,11 @@ def context(rule: UpdateRule, grads: torch.Tensor, state: Tensors, layout: Tenso
     return Context(values, layout.index(grads.device))
 
 
+def told(rule: UpdateRule, grads: torch.Tensor, state: Tensors, layout: TensorLayout) -> tuple[torch.Tensor, ...]:
+    """What `UpdateRule.update` takes beside the rest: the context's rows, or nothing for a rule that takes none."""
+    return (context(rule, grads, state, layout).rows(len(grads)),) if rule.num_context else ()
+
+
 def joined(values: torch.Tensor, sizes: Sequence[int]) -> Context:
     """The context of tensors of so many coordinates each, one after another, from its values [num_context, tensors]."""
     return Context(values, None if len(sizes) == 1 else _index(tuple(sizes), 1, values.device))

@@ -130,7 +130,7 @@ class MixtureRule(CompiledRule):
             "output.bias": shares,
         }
         if self.config.growth:
-            # Without an LSTM's say this is Adam whose steps find their scale, and never far from a tuned one.
+            # Without an LSTM's say this is Adam whose steps find their scale.
             theta["output.weight"].zero_()
             theta["output.bias"][-1] = -0.1  # steps shrink where nothing speaks for longer ones
             theta["output.skip"] = torch.tensor([0.0, 0.5, 0.5, 0.0])
