@@ -198,6 +198,7 @@ class Program:
         rates: what is done with the updates.
         chunk_size: coordinates at a time; what is computed does not depend on it.
         sharded: the parameters of which this process holds a part, also an empty one, in an order that all share.
+        elsewhere: those of them of which it holds an empty part.
     """
 
     rule: UpdateRule
@@ -207,6 +208,7 @@ class Program:
     rates: Rates
     chunk_size: int
     sharded: Sequence[torch.Tensor] = ()
+    elsewhere: Sequence[Entry] = ()
 
     def step(self, work: Sequence[Chunk]) -> None:
         """Take one step of the rule on whole blocks: moves parameters and state."""

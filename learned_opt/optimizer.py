@@ -26,12 +26,11 @@ import torch
 
 from learned_opt import artifact as artifacts
 from learned_opt import guard as guards
-from learned_opt import guarded, optimizer_state, traced
+from learned_opt import guarded, optimizer_state, parameter_basis, traced
 from learned_opt.artifact import Artifact
 from learned_opt.blocks import Blocks, local
 from learned_opt.coordinates import (
     STEP,
-    Chunk,
     Entry,
     Program,
     Rates,
@@ -39,7 +38,6 @@ from learned_opt.coordinates import (
     compute_dtype,
     default_chunk_size,
     dense,
-    whole_blocks,
 )
 from learned_opt.guard import GuardConfig, Watch
 from learned_opt.optimizer_checks import check_group, check_param, check_settings, number_of
@@ -100,8 +98,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _forget_caches(self) -> None:
         self._layouts: dict[str, StateLayout] = {}
         self._thetas: dict[str, Tensors] = {}
-        self._blocks = Blocks()
+        self._blocks, self._bases = Blocks(), Blocks()
         self._incoming: dict[Any, Any] | None = None
+
+    def _unpack(self) -> None:
+        """Give every state tensor memory of its own."""
+        self._blocks.unpack(self.state)
+        self._bases.unpack(self.state)
 
     def _register(self, weights: Weights) -> str:
         artifact = artifacts.load(weights)
@@ -125,9 +128,6 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if key not in self._thetas:
             self._thetas[key] = {n: v.to(device, dtype) for n, v in self._artifact(group).theta.items()}
         return self._thetas[key]
-
-    def _row_dtype(self, param: torch.Tensor) -> torch.dtype:
-        return self.state_dtype or compute_dtype(param)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -163,9 +163,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
         `torch.compile` runs this while it traces, and reads the lists; it needs tensors that share no memory.
         """
-        layout = self._layout(group)
         if unpack:
-            self._blocks.unpack(self.state)
+            self._unpack()
         for param in group["params"]:
             if param.grad is None:
                 continue
@@ -173,16 +172,21 @@ class LearnedOptimizer(torch.optim.Optimizer):
                 raise ValueError("the guard does not support sharded parameters (DTensor); build the optimizer without")
             state = self.state[param]
             if not state:
-                self._init_state(state, layout, param)
+                self._init_state(state, group, param)
             self._theta(group, param.device, compute_dtype(param))
             params.append(param)
             grads.append(param.grad)
-            rows.extend(state[key] for key in layout.keys)
+            rows.extend(state[key] for key in self._state_dtypes(group, param))
             steps.append(state[STEP])
 
-    def _init_state(self, state: dict[str, Any], layout: StateLayout, param: torch.Tensor) -> None:
-        dtype = self._row_dtype(param)
-        for key in layout.keys:
+    def _state_dtypes(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, torch.dtype]:
+        """The tensors of a parameter's state, and how each is stored."""
+        rule_state = dict.fromkeys(self._layout(group).keys, self.state_dtype or compute_dtype(param))
+        basis = parameter_basis.keys_of(self._artifact(group).rule, param)
+        return rule_state | dict.fromkeys(basis, compute_dtype(param))  # a bfloat16 is too coarse for a basis
+
+    def _init_state(self, state: dict[str, Any], group: dict[str, Any], param: torch.Tensor) -> None:
+        for key, dtype in self._state_dtypes(group, param).items():
             state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)
         state[STEP] = torch.zeros((), dtype=torch.float32)
         if self.guard is not None:
@@ -226,7 +230,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             return result
         for group, params, grads, steps in work:
             for entries, program in self._programs(group, params, grads, steps):
-                program.step(self._blocks_of(entries, program))
+                parameter_basis.step(program, entries, self._blocks, self._bases)
                 _put_back(entries)
             if steps:
                 torch._foreach_add_(steps, 1)
@@ -238,26 +242,27 @@ class LearnedOptimizer(torch.optim.Optimizer):
         """The parameters as coordinates, by device and computing dtype, each with what to run on them."""
         buckets: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
         sharded: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+        elsewhere: dict[tuple[torch.device, torch.dtype], list[Entry]] = defaultdict(list)
         for param, grad, step in zip(params, grads, steps):
             here = local(param).detach()
             bucket = here.device, compute_dtype(here)
             if hasattr(param, "placements"):
                 sharded[bucket].append(param)
                 buckets[bucket]  # also where all that is here is empty: the others wait for it
+            entry = Entry(param, here.reshape(-1), grad.reshape(-1), self.state[param], float(step))
             if here.numel():
-                entry = Entry(param, here.reshape(-1), grad.reshape(-1), self.state[param], float(step))
                 buckets[bucket].append(entry)
+            elif hasattr(param, "placements"):
+                elsewhere[bucket].append(entry)
         rule, layout = self._artifact(group).rule, self._layout(group)
         rates = Rates(float(group["lr"]), group["weight_decay"], group["maximize"])
         out = []
         for (device, dtype), entries in buckets.items():
             size = self.chunk_size or default_chunk_size(len(layout.keys), device.type)
             theta = self._theta(group, device, dtype)
-            out.append((entries, Program(rule, layout, theta, dtype, rates, size, sharded[device, dtype])))
+            others = sharded[device, dtype], elsewhere[device, dtype]
+            out.append((entries, Program(rule, layout, theta, dtype, rates, size, *others)))
         return out
-
-    def _blocks_of(self, entries: Sequence[Entry], program: Program) -> list[Chunk]:
-        return list(whole_blocks(entries, self._blocks, program.layout.keys, program.chunk_size))
 
     def _step_guarded(self, work: Sequence[Any], loss: float | torch.Tensor | None) -> None:
         assert self.guard is not None and self.watch is not None
@@ -281,7 +286,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         proposals = [
             pair for group, params, grads, steps in work for pair in self._programs(group, params, grads, steps)
         ]
-        if guarded.step(proposals, lambda e, p: p.propose(self._blocks_of(e, p)), self.watch, self.guard, value):
+        if guarded.step(
+            proposals,
+            lambda entries, program: parameter_basis.propose(program, entries, self._blocks, self._bases),
+            self.watch,
+            self.guard,
+            value,
+        ):
             for entries, _ in proposals:
                 _put_back(entries)
             for _, _, _, steps in work:
@@ -300,9 +311,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if not isinstance(lr, torch.Tensor) and lr == 0:
             return
         layout, rule = self._layout(group), self._artifact(group).rule
+        start = 0
         for k, (param, grad) in enumerate(zip(params, grads)):
+            stop = start + len(self._state_dtypes(group, param))
+            mine, start = rows[start:stop], stop
             if param.numel():
-                mine = rows[k * len(layout.keys) : (k + 1) * len(layout.keys)]
                 theta = self._theta(group, param.device, compute_dtype(param))
                 traced.step_param(
                     param, grad, mine, steps[k], rule, layout, theta, lr=lr, weight_decay=decay, maximize=maximize
@@ -311,7 +324,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             torch._foreach_add_(steps, (lr != 0).to(torch.float32) if isinstance(lr, torch.Tensor) else 1)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._blocks.unpack(self.state)
+        self._unpack()
         public = {name: value for name, value in self.__dict__.items() if not name.startswith("_") and name != "step"}
         return {**public, **super().__getstate__()}
 
@@ -325,7 +338,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> dict[str, Any]:
         """The state by parameter index, and the groups; state tensors have memory of their own and are not copied."""
-        self._blocks.unpack(self.state)
+        self._unpack()
         if self.watch is not None:
             self.param_groups[0]["guard"] = self.watch.dumps()
         return super().state_dict()
@@ -362,10 +375,10 @@ def _take_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         optimizer_state.check_weights(saved, mine)
         values = {key: group[key] for key in optimizer.defaults}
         new_groups.append({**values, **saved, "weights": mine})
-        keys, guarded_too = optimizer._layout(group).keys, optimizer.guard is not None
+        guarded_too = optimizer.guard is not None
         for p in group["params"]:
-            dtype = optimizer._row_dtype(p)
-            owners.append(optimizer_state.Owner(param=p, weights=mine, keys=keys, dtype=dtype, guarded=guarded_too))
+            dtypes = optimizer._state_dtypes(group, p)
+            owners.append(optimizer_state.Owner(param=p, weights=mine, dtypes=dtypes, guarded=guarded_too))
     watch = new_groups[0].pop("guard", None)
     indices = [index for saved in saved_groups for index in saved["params"]]
     optimizer._incoming = optimizer_state.adopt_all(state_dict["state"], indices, owners)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,13 @@ class Owner:
     Attributes:
         param: the parameter.
         weights: identity of the learned weights that move it.
-        keys: the rows of state that they keep.
-        dtype: how they are stored.
+        dtypes: the tensors of state that they keep, by name, and how each is stored.
         guarded: whether the guard's memory is kept too.
     """
 
     param: torch.Tensor
     weights: str
-    keys: Sequence[str]
-    dtype: torch.dtype
+    dtypes: Mapping[str, torch.dtype]
     guarded: bool
 
 
@@ -67,7 +65,7 @@ def adopt_all(
 
 def adopt(saved: dict[str, Any], index: Any, owner: Owner) -> dict[str, Any]:
     """A copy of one parameter's saved state, in its owner's dtype and on its device."""
-    expected, optional = [*owner.keys, STEP], [*guarded.KEYS, guarded.ADAM_STEP]
+    expected, optional = [*owner.dtypes, STEP], [*guarded.KEYS, guarded.ADAM_STEP]
     missing = [key for key in expected if key not in saved]
     unknown = [key for key in saved if key not in [*expected, *optional]]
     if missing or unknown:
@@ -76,7 +74,7 @@ def adopt(saved: dict[str, Any], index: Any, owner: Owner) -> dict[str, Any]:
             f"the state of parameter {index} {what}: it was saved by another optimizer than {owner.weights}"
         )
     param = owner.param
-    out = {key: _tensor(saved[key], key, index, param, owner.dtype) for key in owner.keys}
+    out = {key: _tensor(saved[key], key, index, param, dtype) for key, dtype in owner.dtypes.items()}
     out[STEP] = _number(saved[STEP])
     if owner.guarded:
         guarded.init_state(out, param, compute_dtype(param))

@@ -7,6 +7,8 @@ particle's number and its episode, so that particles are rebuilt from those anyw
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +67,8 @@ class Particles:
         initial: [particles], the loss that judges, at the parameters that the family drew for the episode: the scale
             of the task, also where the episode starts from learned initial parameters.
         rule_state: tensors [..., particles · num_parameters].
-        sizes: coordinates of each parameter tensor of one task.
+        shapes: of each parameter tensor of one task.
+        basis: the bases of a rule that has one (`learned_opt.rules.basis`), tensors [particles, …]; empty otherwise.
         pending: where gradients are delayed, those of the next steps, [particles, delay, num_parameters], the oldest
             first, and `grads` is the one that the current step sees; None otherwise.
     """
@@ -81,11 +84,17 @@ class Particles:
     losses: torch.Tensor
     initial: torch.Tensor
     rule_state: Tensors
-    sizes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    basis: Tensors = dataclasses.field(default_factory=dict)
     pending: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Coordinates of each parameter tensor of one task."""
+        return tuple(map(math.prod, self.shapes))
 
     @property
     def layout(self) -> TensorLayout:
@@ -94,7 +103,7 @@ class Particles:
 
     def state_dict(self) -> dict[str, object]:
         """Plain tensors, lists and dicts; tasks are left out, since their seeds rebuild them."""
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("tasks", "sizes")}
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("tasks", "shapes")}
         return {n: list(v) if isinstance(v, list) else dict(v) if isinstance(v, dict) else v for n, v in out.items()}
 
     @classmethod
@@ -109,7 +118,7 @@ class Particles:
                 return {n: v.to(batched.device) for n, v in value.items()}
             return None if value is None else list(value)
 
-        return cls(tasks=tasks, sizes=batched.sizes, **{n: own(v) for n, v in state.items()})
+        return cls(tasks=tasks, shapes=tuple(batched.shapes), **{n: own(v) for n, v in state.items()})
 
 
 def start_particles(
@@ -151,13 +160,33 @@ def start_particles(
             f"{batched.family.name}: the loss or its gradient is not finite at the initial parameters in "
             f"{_DRAWS_BEFORE_GIVING_UP} draws of a task in a row; check the family's loss, data and init_params"
         )
-    state = rule.init_state(params.numel(), dtype=batched.dtype, device=batched.device) if rule else {}
+    state, basis = fresh_state(rule, batched, len(ids)) if rule else ({}, {})
     delay = batched.family.gradient_delay
     pending = grads[:, None].expand(-1, delay, -1).contiguous() if delay else None
     steps = [0] * len(ids)
     return Particles(
-        ids, seeds, episodes, steps, horizons, tasks, params, grads, losses, initial, state, batched.sizes, pending
+        ids,
+        seeds,
+        episodes,
+        steps,
+        horizons,
+        tasks,
+        params,
+        grads,
+        losses,
+        initial,
+        state,
+        tuple(batched.shapes),
+        basis,
+        pending,
     )
+
+
+def fresh_state(rule: UpdateRule, batched: BatchedFamily, num_particles: int) -> tuple[Tensors, Tensors]:
+    """The rule state and the bases of so many particles that have taken no step."""
+    where: dict[str, Any] = {"dtype": batched.dtype, "device": batched.device}
+    state = rule.init_state(num_particles * batched.num_parameters, **where)
+    return state, rule.basis.init(batched.shapes, num_particles, **where) if rule.basis else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +251,7 @@ def restart(
         setattr(particles, name, getattr(particles, name).index_copy(0, index, getattr(fresh, name)))
     _hold_first(particles, index)
     particles.tasks = {n: v.index_copy(0, index, fresh.tasks[n]) for n, v in particles.tasks.items()}
+    particles.basis = {n: v.index_copy(0, index, fresh.basis[n]) for n, v in particles.basis.items()}
     particles.rule_state = {
         n: as_particles(v, len(particles))
         .index_copy(-2, index, as_particles(fresh.rule_state[n], len(columns)))
@@ -268,7 +298,8 @@ def snapshot(particles: Particles) -> Particles:
     """Particles that can be advanced without touching these; tensors are shared, since nothing writes into them."""
     names = ("ids", "seeds", "episodes", "steps", "horizons")
     lists: dict[str, Any] = {name: list(getattr(particles, name)) for name in names}
-    return dataclasses.replace(particles, tasks=dict(particles.tasks), rule_state=dict(particles.rule_state), **lists)
+    dicts: dict[str, Any] = {name: dict(getattr(particles, name)) for name in ("tasks", "rule_state", "basis")}
+    return dataclasses.replace(particles, **dicts, **lists)
 
 
 def take(particles: Particles, columns: Sequence[int]) -> Particles:
@@ -285,7 +316,8 @@ def take(particles: Particles, columns: Sequence[int]) -> Particles:
         **tensors,
         tasks={name: value[index] for name, value in particles.tasks.items()},
         rule_state=columns_of(particles.rule_state, index, len(particles)),
-        sizes=particles.sizes,
+        shapes=particles.shapes,
+        basis={name: value[index] for name, value in particles.basis.items()},
         pending=None if particles.pending is None else particles.pending[index],
     )
 
@@ -307,6 +339,7 @@ def put(particles: Particles, columns: Sequence[int], source: Particles, source_
             before = particles.grads[:, None].expand(-1, source.pending.shape[1], -1)
         particles.pending = before.index_copy(0, to, source.pending[of])
     particles.tasks = {n: v.index_copy(0, to, source.tasks[n][of]) for n, v in particles.tasks.items()}
+    particles.basis = {n: v.index_copy(0, to, source.basis[n][of]) for n, v in particles.basis.items()}
     picked = columns_of(source.rule_state, of, len(source))
     particles.rule_state = {
         n: as_particles(v, len(particles)).index_copy(-2, to, as_particles(picked[n], len(to))).flatten(-2)
@@ -320,6 +353,7 @@ def select_state(saved: Mapping[str, Any], columns: Sequence[int]) -> dict[str, 
     out: dict[str, Any] = {name: [saved[name][c] for c in columns] for name in _LISTS}
     out |= {name: saved[name][index] for name in _TENSORS}
     out["pending"] = None if saved["pending"] is None else saved["pending"][index]
+    out["basis"] = {name: value[index] for name, value in saved["basis"].items()}
     return out | {"rule_state": columns_of(saved["rule_state"], index, len(saved["ids"]))}
 
 
@@ -328,5 +362,6 @@ def join_states(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {name: [value for part in parts for value in part[name]] for name in _LISTS}
     out |= {name: torch.cat([part[name] for part in parts]) for name in _TENSORS}
     out["pending"] = None if parts[0]["pending"] is None else torch.cat([part["pending"] for part in parts])
+    out["basis"] = {name: torch.cat([part["basis"][name] for part in parts]) for name in parts[0]["basis"]}
     states = [part["rule_state"] for part in parts]
     return out | {"rule_state": {name: torch.cat([state[name] for state in states], -1) for name in states[0]}}

@@ -32,6 +32,7 @@ from learned_opt.rules.context import Context
 from learned_opt.rules.context import context as context_of
 from learned_opt.rules.inplace import stepper
 from learned_opt.task import Tensors
+from learned_opt.turning import Turner, Turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Stage:
         judged_grads: [P, num_parameters], the gradient there of the loss that judges.
         tasks, batch: the constants and the batch of the evaluation after the step.
         ends: [P], which particles were restarted right after the step; None for none.
+        turns: the bases that the rule was given the gradients in; None for the coordinates as they are.
     """
 
     params: torch.Tensor
@@ -73,6 +75,7 @@ class Stage:
     tasks: Tensors
     batch: Tensors
     ends: torch.Tensor | None
+    turns: Turns | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +148,7 @@ def learned_move(
     chunk_size: int | None = None,
     keep_states: bool = False,
     contexts: list[torch.Tensor] | None = None,
+    turns: list[Turns] | None = None,
 ) -> Move:
     """The move that applies an update rule and keeps its state in the particles.
 
@@ -157,8 +161,10 @@ def learned_move(
         keep_states: whether every step's rule state stays as it was. Otherwise that of the first step does, and later
             ones may be overwritten.
         contexts: where to put the values of every step's context, for a rule that takes one.
+        turns: where to put every step's bases, for a rule that has one.
     """
     step = stepper(rule, theta, len(particles) if per_particle else 1) if chunk_size is None else None
+    turner = Turner(rule, particles) if rule.basis else None
     overwrite = False
 
     def told(grads: torch.Tensor) -> Context | None:
@@ -169,19 +175,19 @@ def learned_move(
             contexts.append(found.values)
         return found
 
-    def fast_move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    def fast_update(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         nonlocal overwrite
         assert step is not None
         update, particles.rule_state = step(
             grads.reshape(-1), params.reshape(-1), particles.rule_state, overwrite, told(grads)
         )
         overwrite = not keep_states
-        return params + update.view_as(params)
+        return update.view_as(params)
 
-    def move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    def update(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         context = told(grads)
         if not per_particle:
-            update, particles.rule_state = chunked_update(
+            found, particles.rule_state = chunked_update(
                 rule,
                 theta,
                 grads.reshape(-1),
@@ -190,16 +196,26 @@ def learned_move(
                 chunk_size=chunk_size,
                 context=context,
             )
-            return params + update.view_as(params)
+            return found.view_as(params)
         state = {n: as_particles(v, len(params)) for n, v in particles.rule_state.items()}
         rows = () if context is None else (as_particles(context.rows(grads.numel()), len(params)),)
-        update, state = torch.func.vmap(rule.update, in_dims=(0, 0, 0, -2, *[-2] * len(rows)), out_dims=(0, -2))(
+        found, state = torch.func.vmap(rule.update, in_dims=(0, 0, 0, -2, *[-2] * len(rows)), out_dims=(0, -2))(
             theta, grads, params, state, *rows
         )
         particles.rule_state = {n: v.flatten(-2) for n, v in state.items()}
-        return params + update
+        return found
 
-    return move if step is None else fast_move
+    proposed = update if step is None else fast_update
+
+    def move(params: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+        if turner is None:
+            return params + proposed(params, grads)
+        now = turner.begin(grads, overwrite=overwrite)
+        if turns is not None:
+            turns.append(now)
+        return params + now.back(proposed(params, now.gradients(grads)))
+
+    return move
 
 
 @torch.no_grad()
@@ -228,8 +244,8 @@ def unroll(
         plan: names the tasks that restarted particles get.
         particles: advanced in place.
         num_steps: inner steps, at least 1.
-        record: "nothing"; "gradients", which a first-order replay needs; or "stages", which an exact backward pass
-            needs.
+        record: "nothing"; "gradients", which a first-order replay needs, and which a rule with a basis does not allow;
+            or "stages", which going backwards step by step needs.
         per_particle: theta has a leading dimension of particles.
         restart_invalid: whether particles marked invalid start their next episode at the end.
         chunk_size: coordinates per chunk of the update rule; None for what suits it.
@@ -257,6 +273,7 @@ def unroll(
     check = torch.zeros_like(particles.losses)  # not finite as soon as anything was not
     stages: list[Stage] = []
     contexts: list[torch.Tensor] = []
+    turns: list[Turns] = []
     done = 0
     while done < num_steps:
         # A move of its own for every stretch: what the stretch starts from is left as it is, for whoever recorded it.
@@ -268,6 +285,7 @@ def unroll(
             chunk_size=chunk_size,
             keep_states=record == "stages",
             contexts=contexts if recorder is not None else None,
+            turns=turns if record == "stages" else None,
         )
         stretch = min([num_steps - done, *(h - s for h, s in zip(particles.horizons, particles.steps) if h >= 0)])
         before = (particles.params, particles.grads, particles.rule_state)
@@ -281,7 +299,10 @@ def unroll(
             if recorder is not None:
                 recorder.write(k, particles.grads, judged_grad)
             if record == "stages":
-                stages.append(Stage(*before, particles.params, judged_grad, particles.tasks, batch, None))
+                turned = turns[k] if turns else None
+                if turned is not None:
+                    before = (*before[:2], {**before[2], **turned.linear_state})
+                stages.append(Stage(*before, particles.params, judged_grad, particles.tasks, batch, None, turned))
                 before = (particles.params, particles.grads, particles.rule_state)
         done += stretch
         over = [c for c in range(len(particles)) if particles.steps[c] == particles.horizons[c]]

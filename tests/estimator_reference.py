@@ -5,7 +5,7 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from rule_cases import loud, update_by_hand
+from rule_cases import bases_by_hand, loud, step_by_hand
 
 from learned_opt.batched import BatchedFamily
 from learned_opt.estimators import Workload
@@ -54,6 +54,23 @@ class TwoTensors(NoisyBowl):
 
     def loss(self, params, task, batch):
         return super().loss({"x": torch.cat([params["one"], params["other"]])}, task, batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatrixAndVector(NoisyBowl):
+    """The same bowl with its parameters, mixed, in a matrix and a vector."""
+
+    name: ClassVar[str] = "matrix_and_vector"
+    dim: int = 8
+
+    def init_params(self, task, generator):
+        x = super().init_params(task, generator)["x"]
+        return {"matrix": x[:6].view(2, 3), "vector": x[6:]}
+
+    def loss(self, params, task, batch):
+        x = torch.cat([params["matrix"].flatten(), params["vector"]])
+        mixed = x + 0.5 * x.roll(1) + 0.3 * x.roll(3)
+        return super().loss({"x": mixed}, task, batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +145,7 @@ class Arm:
         self.task, self.params = ({n: v.double() for n, v in d.items()} for d in (task, params))
         size = sum(v.numel() for v in self.params.values())
         self.state = self.work.rule.init_state(size, dtype=torch.float64)
+        self.bases = bases_by_hand(self.work.rule, [tuple(v.shape) for v in self.params.values()])
         self.initial, self.grad = self.evaluate()
 
     def evaluate(self):
@@ -141,8 +159,8 @@ class Arm:
     def advance(self, theta):
         """One inner step; returns the normalized loss after it, and restarts at the horizon."""
         flat = torch.cat([v.reshape(-1) for v in self.params.values()])
-        sizes = [v.numel() for v in self.params.values()]
-        update, self.state = update_by_hand(self.work.rule, theta, self.grad, flat, self.state, sizes)
+        shapes = [tuple(v.shape) for v in self.params.values()]
+        update, self.state = step_by_hand(self.work.rule, theta, self.grad, flat, self.state, shapes, self.bases)
         at = 0
         for name, value in self.params.items():
             self.params[name] = value + update[at : at + value.numel()].view_as(value)
@@ -170,7 +188,7 @@ def reference_estimates(kind, work, theta, particles, sigma, num_truncations):
             if kind == "es":
                 pair["plus"], pair["minus"] = copy.copy(base), copy.copy(base)
                 for arm in (pair["plus"], pair["minus"]):
-                    arm.params = dict(arm.params)
+                    arm.params, arm.bases = dict(arm.params), copy.deepcopy(arm.bases)
             new = True
             for k in range(work.truncation):
                 episode = pair["plus"].episode

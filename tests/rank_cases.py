@@ -43,6 +43,8 @@ CASES: dict[str, dict] = {
     "whole tensors": {"rule": "paced"},
     "whole tensors, exact": {"rule": "paced", "estimator": ("backprop", {"order": 2})},
     "whole tensors, pes": {"rule": "paced", "estimator": ("pes", {"sigma": 0.02})},
+    "bases": {"rule": "turned"},
+    "bases, pes": {"rule": "turned", "estimator": ("pes", {"sigma": 0.02})},
     "imitation alone": {"estimator": ("imitation", {"share": 1.0, "policy": "on"}), "num_particles": 3},
     "curriculum": {"curriculum": Curriculum(horizons=(4, 6), patience=1, min_improvement=10.0), "validation_every": 1},
     "single precision": {"dtype": torch.float32},

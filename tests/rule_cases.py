@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from learned_opt.rules import UpdateRule, slice_coordinates
@@ -64,6 +65,94 @@ def update_by_hand(
         start = stop
     assert start == len(grads)
     return torch.cat(updates), {name: torch.cat([s[name] for s in states], -1) for name in states[0]}
+
+
+class BasesByHand:
+    """The bases of tensors of these shapes, one matrix and one column at a time, in NumPy and float64."""
+
+    def __init__(self, rule: UpdateRule, shapes: list[tuple[int, ...]]) -> None:
+        self.rule, self.shapes, self.step = rule, shapes, 0
+        self.known: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+
+    def before(self, grads: torch.Tensor, state: Tensors) -> tuple[torch.Tensor, Tensors]:
+        """Flat gradients and rule state as the rule is to see them in the step that comes."""
+        settings = self.rule.settings()
+        grads, state = grads.clone(), {name: value.clone() for name, value in state.items()}
+        for k, (start, stop) in enumerate(self._places()):
+            shape = self.shapes[k]
+            if len(shape) < 2 or min(shape[0], (stop - start) // shape[0]) < 2:
+                continue
+            matrix = grads[start:stop].numpy().reshape(shape[0], -1).astype(np.float64)
+            turns = []
+            for side, own in (("left", matrix), ("right", matrix.T)):
+                size = len(own)
+                average, vectors = self.known.get((k, side), (np.zeros((size, size)), np.eye(size)))
+                old = vectors
+                average = settings["basis_decay"] * average + (1 - settings["basis_decay"]) * own @ own.T
+                if size <= settings["basis"] and self.step % settings["basis_every"] == 0:
+                    vectors = _gram_schmidt(average / max(np.trace(average), 1e-300) @ vectors + 1e-5 * vectors)
+                self.known[k, side] = average, vectors
+                turns.append((old, vectors))
+            (old_u, u), (old_v, v) = turns
+            seen = u.T @ matrix @ v
+            seen[np.abs(seen) < 8 * torch.finfo(grads.dtype).eps * np.abs(seen).max()] = 0
+            grads[start:stop] = torch.as_tensor(seen.reshape(-1))
+            if self.step:
+                for row in state["m"]:
+                    remembered = row[start:stop].numpy().reshape(matrix.shape)
+                    row[start:stop] = torch.as_tensor((u.T @ old_u @ remembered @ old_v.T @ v).reshape(-1))
+        self.step += 1
+        return grads, state
+
+    def after(self, update: torch.Tensor) -> torch.Tensor:
+        """The update that the rule made, in the tensors' own coordinates; differentiable."""
+        parts = []
+        for k, (start, stop) in enumerate(self._places()):
+            part = update[start:stop]
+            if (k, "left") in self.known:
+                u, v = (torch.as_tensor(self.known[k, side][1]).to(update.dtype) for side in ("left", "right"))
+                part = (u @ part.reshape(len(u), -1) @ v.T).reshape(-1)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def _places(self) -> list[tuple[int, int]]:
+        ends = np.cumsum([int(np.prod(shape)) for shape in self.shapes]).tolist()
+        return list(zip([0, *ends[:-1]], ends))
+
+
+def _gram_schmidt(columns: np.ndarray) -> np.ndarray:
+    """Orthonormal columns that span, one by one, what the first, second, … columns span; twice, for accuracy."""
+    for _ in range(2):
+        done: list[np.ndarray] = []
+        for column in columns.T:
+            for other in done:
+                column = column - other * (other @ column)
+            done.append(column / np.linalg.norm(column))
+        columns = np.stack(done, 1)
+    return columns
+
+
+def step_by_hand(
+    rule: UpdateRule,
+    theta: Tensors,
+    grads: torch.Tensor,
+    params: torch.Tensor,
+    state: Tensors,
+    shapes: list[tuple[int, ...]],
+    bases: BasesByHand | None,
+) -> tuple[torch.Tensor, Tensors]:
+    """`update_by_hand` in bases kept by hand, if the rule has any; they are constants to autograd."""
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    if bases is None:
+        return update_by_hand(rule, theta, grads, params, state, sizes)
+    constant = {name: state[name].detach() for name in rule.linear_state}
+    seen, turned = bases.before(grads.detach(), constant)
+    update, after = update_by_hand(rule, theta, seen, params, {**state, **turned}, sizes)
+    return bases.after(update), after
+
+
+def bases_by_hand(rule: UpdateRule, shapes: list[tuple[int, ...]]) -> BasesByHand | None:
+    return BasesByHand(rule, shapes) if rule.basis else None
 
 
 def loud(theta: Tensors, generator: torch.Generator) -> Tensors:

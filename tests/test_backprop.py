@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rule_cases import loud, update_by_hand
+from rule_cases import bases_by_hand, loud, step_by_hand
 
 from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
@@ -54,6 +54,7 @@ def reference(work, theta, ids, num_truncations, second_order):
             grad=grad.detach(),
             f0=loss.detach(),
             state=state,
+            bases=bases_by_hand(work.rule, [tuple(v.shape) for v in params.values()]),
             step=0,
             episode=episode,
         )
@@ -72,8 +73,8 @@ def reference(work, theta, ids, num_truncations, second_order):
             losses, initial = [], []
             for _ in range(work.truncation):
                 flat = torch.cat([v.reshape(-1) for v in p["params"].values()])
-                sizes = [v.numel() for v in p["params"].values()]
-                update, p["state"] = update_by_hand(work.rule, leaves, p["grad"], flat, p["state"], sizes)
+                shapes = [tuple(v.shape) for v in p["params"].values()]
+                update, p["state"] = step_by_hand(work.rule, leaves, p["grad"], flat, p["state"], shapes, p["bases"])
                 params, at = {}, 0
                 for n, v in p["params"].items():
                     params[n] = v + update[at : at + v.numel()].view_as(v)
@@ -97,6 +98,8 @@ def reference(work, theta, ids, num_truncations, second_order):
 @pytest.mark.parametrize("family_name", list(FAMILIES))
 def test_equals_plain_autograd(family_name, rule_name, order):
     rule = rules.get(rule_name)
+    if order == 2 and rule.basis:
+        pytest.skip("there is no second order through a basis")
     theta = theta_of(rule)
     # Horizon 7 with truncation 5: particles restart in the middle of a truncation, and at different steps.
     plan = EpisodePlan(split="meta_train", run_seed=3, horizons=HorizonSchedule(longest=7))

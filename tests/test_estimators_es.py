@@ -5,7 +5,16 @@ import math
 
 import pytest
 import torch
-from estimator_reference import Arm, NoisyBowl, Parabola, TwoTensors, reference_estimates, theta_of, workload
+from estimator_reference import (
+    Arm,
+    MatrixAndVector,
+    NoisyBowl,
+    Parabola,
+    TwoTensors,
+    reference_estimates,
+    theta_of,
+    workload,
+)
 
 from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
@@ -25,14 +34,15 @@ def run(kind, work, theta, ids, num_truncations, **settings):
 
 
 @pytest.mark.parametrize("average", ["mean", "final"])
-@pytest.mark.parametrize("rule_name", ["compact", "adam", "sgd", "paced"])
+@pytest.mark.parametrize("rule_name", ["compact", "adam", "sgd", "paced", "turned"])
 @pytest.mark.parametrize("kind", EVOLUTION)
 def test_equals_its_definition_with_resets_inside_truncations(kind, rule_name, average):
     rule = rules.get(rule_name)
     theta = theta_of(rule)
     # Horizon 7 with truncation 5 and random offsets: episodes end in the middle of a truncation, at its end, and at
     # different steps.
-    work = workload(rule, TwoTensors(), truncation=5, horizon=7, run_seed=3, average=average)
+    family = MatrixAndVector() if rule.basis else TwoTensors()
+    work = workload(rule, family, truncation=5, horizon=7, run_seed=3, average=average)
     got, _ = run(kind, work, theta, [0, 1, 2, 3, 4, 5], 6, sigma=0.05)
     want = reference_estimates(kind, work, theta, [0, 2, 4], 0.05, 6)
     for estimate, flat in zip(got, want):

@@ -59,6 +59,8 @@ def check_against_finite_differences(work, settings, num_truncations=3):
 def test_second_order_equals_finite_differences(family_name, rule_name, recompute):
     # Horizon 7, truncation 5: the meta-loss includes episodes that end inside the truncation.
     work = workload(rules.get(rule_name), FAMILIES[family_name], truncation=5, horizon=7, run_seed=2)
+    if work.rule.basis and any(map(work.rule.basis.sides, work.batched.shapes)):
+        pytest.skip("there is no second order through a basis")
     check_against_finite_differences(work, {"order": 2, "recompute": recompute})
 
 

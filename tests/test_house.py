@@ -131,6 +131,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "learned_opt.rules.context",
         "learned_opt.rules.inplace",
         "learned_opt.task",
+        "learned_opt.turning",
+    ),
+    "learned_opt.turning": (
+        "learned_opt.particles",
+        "learned_opt.rules.base",
+        "learned_opt.rules.basis",
+        "learned_opt.task",
     ),
     "learned_opt.estimators": (
         "learned_opt.batched",

@@ -20,7 +20,7 @@ from optimizer_cases import (
     model_of,
     train,
 )
-from rule_cases import update_by_hand
+from rule_cases import bases_by_hand, step_by_hand, update_by_hand
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -58,10 +58,12 @@ def test_applies_the_pure_rule(name, chunk_size):
     theta = {n: v.double() for n, v in artifact.theta.items()}
     flat = torch.cat([p.detach().reshape(-1) for p in params])
     state = artifact.rule.init_state(flat.numel(), dtype=torch.float64)
-    for step in range(6):
+    shapes = [tuple(p.shape) for p in params]
+    bases = bases_by_hand(artifact.rule, shapes)
+    for step in range(7):
         grads_of(model, step)
         grads = torch.cat([p.grad.reshape(-1) for p in params])
-        update, state = update_by_hand(artifact.rule, theta, grads, flat, state, [p.numel() for p in params])
+        update, state = step_by_hand(artifact.rule, theta, grads, flat, state, shapes, bases)
         flat = flat + update
         optimizer.step()
     assert_same([torch.cat([p.reshape(-1) for p in params])], [flat], exact=False, rtol=1e-12, atol=1e-14)
@@ -571,7 +573,9 @@ def test_schedulers_give_the_same_lr_as_for_adam(make, build):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by dynamo, on first use
-@pytest.mark.parametrize(("name", "lr"), [("compact", 1.0), ("l2l", 0.5), ("adam", 0.5), ("paced", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "lr"), [("compact", 1.0), ("l2l", 0.5), ("adam", 0.5), ("paced", 0.5), ("turned", 0.5)]
+)
 def test_compiles_without_a_graph_break(name, lr):
     lr = torch.tensor(lr) if lr != 1 else lr
 

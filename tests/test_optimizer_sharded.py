@@ -174,7 +174,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("name", "native", "chunk_size"), [("paced", "1", 50000), ("paced", "0", 5000), ("compact", "1", 777)]
+    ("name", "native", "chunk_size"),
+    [("paced", "1", 50000), ("turned", "1", 50000), ("paced", "0", 5000), ("compact", "1", 777)],
 )
 def test_on_two_ranks_a_rule_is_told_of_the_whole_parameter(name, native, chunk_size, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS, encoding="utf-8")

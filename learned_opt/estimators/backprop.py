@@ -12,6 +12,10 @@ backwards, one step at a time is rebuilt with its graph and differentiated, so t
 With `recompute`, of either order, memory grows with the square root of the truncation: the unroll keeps what every
 √K-th step started from; going backwards, each such block of steps is run again, then differentiated one step at a time.
 It costs a second unroll, and makes unrolls of any length differentiable. The numbers are those of the plain route.
+
+A rule that has a basis (`learned_opt.rules.basis`) sees gradients, and makes updates, in coordinates that change within
+a truncation. Its first-order gradient goes backwards step by step, the bases being constants like the gradients that
+they are made of. There is no second order for such a rule on tasks with matrices.
 """
 
 from __future__ import annotations
@@ -65,8 +69,15 @@ class TruncatedBackprop(Estimator):
         """Particles at the start of their first episode.
 
         Raises:
-            ValueError: order 2 on a loss without second derivative, or on delayed gradients.
+            ValueError: order 2 with a rule that takes matrices in a basis, on a loss without second derivative, or on
+                delayed gradients.
         """
+        basis = work.rule.basis
+        if self.order == 2 and basis is not None and any(map(basis.sides, work.batched.shapes)):
+            raise ValueError(
+                f"order=2 cannot differentiate through the bases that rule {work.rule.kind!r} takes matrices in; "
+                "use order=1, an evolution strategy (es, pes, nres), or a rule without (basis=0)"
+            )
         if self.order == 2 and work.batched.family.gradient_delay:
             raise ValueError(
                 f"order=2 cannot differentiate through the delayed gradients of {work.batched.family.name}; "
@@ -90,10 +101,10 @@ class TruncatedBackprop(Estimator):
         if self.recompute:
             value, grads, segment = self._in_blocks(work, theta, state)
         else:
-            record = "gradients" if self.order == 1 else "stages"
-            segment = self._unroll(work, theta, state, work.truncation, record)
+            by_replay = self.order == 1 and work.rule.basis is None
+            segment = self._unroll(work, theta, state, work.truncation, "gradients" if by_replay else "stages")
             value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid, work.ranks.sum)
-            grads = (self._replay if self.order == 1 else self._exact)(work, theta, segment, weights)
+            grads = (self._replay if by_replay else self._step_by_step)(work, theta, segment, weights)
         return Estimate(
             grads={n: torch.zeros_like(g) if n in work.frozen else g for n, g in grads.items()},
             meta_loss=float(value),
@@ -166,7 +177,7 @@ class TruncatedBackprop(Estimator):
             total[work.initial] += replayed_start_gradient(segment, weights)
         return total
 
-    def _exact(self, work: Workload, theta: Tensors, segment: Segment, weights: torch.Tensor) -> Tensors:
+    def _step_by_step(self, work: Workload, theta: Tensors, segment: Segment, weights: torch.Tensor) -> Tensors:
         total = {name: torch.zeros_like(value) for name, value in theta.items()}
         self._back_over(work, theta, total, segment, weights, segment.valid, None)
         return total
@@ -253,12 +264,17 @@ class TruncatedBackprop(Estimator):
         if not whole[id(valid)]:
             columns_valid = valid.repeat_interleave(batched.num_parameters)
             state = {name: torch.where(columns_valid, value, 0.0) for name, value in state.items()}
+        grads, d_update = cleaned(stage.grads, valid), d_params
+        if stage.turns is not None:
+            # What is linear in the gradients is as constant as they are: no derivative follows it through the turn.
+            d_state |= {name: torch.zeros_like(state[name]) for name in work.rule.linear_state}
+            grads, d_update = stage.turns.gradients(grads), stage.turns.into(d_update)
         d_theta, d_grads, d_through_rule, d_before = work.rule.vjp(
             theta,
-            cleaned(stage.grads, valid).reshape(-1),
+            grads.reshape(-1),
             cleaned(stage.params, valid).reshape(-1),
             state,
-            d_params.reshape(-1),
+            d_update.reshape(-1),
             d_state,
             *((TensorLayout(batched.sizes, len(valid)),) if work.rule.num_context else ()),
         )

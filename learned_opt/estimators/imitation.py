@@ -110,6 +110,16 @@ class Imitation(Estimator):
         return work.rule if self.policy == "off" else self.teacher
 
     def init(self, work: Workload, theta: Tensors, ids: Sequence[int]) -> ImitationState:
+        """Particles at the start of their first episode.
+
+        Raises:
+            ValueError: a rule that takes matrices in a basis.
+        """
+        if work.rule.basis is not None:
+            raise ValueError(
+                f"imitation compares updates coordinate by coordinate, and rule {work.rule.kind!r} takes matrices in a "
+                "basis of its own; use another estimator, or a rule without (basis=0)"
+            )
         chosen = [i for i in ids if self.imitates(i)]
         rest = [i for i in ids if not self.imitates(i)]
         inner = self.inner.init(work, theta, rest) if rest else None

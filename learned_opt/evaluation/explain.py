@@ -33,6 +33,7 @@ from learned_opt.evaluation.replay import REFERENCES, as_double, effective_rate,
 from learned_opt.particles import EpisodePlan, start_particles
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import TaskFamily, Tensors
+from learned_opt.turning import Turns
 from learned_opt.unroll import inner_steps, learned_move
 
 _WARM_UP = 60
@@ -69,7 +70,7 @@ class Response:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Some coordinates of a run on a real task, in float64.
+    """Some coordinates of a run on a real task, in float64, in the basis of the rule where it has one.
 
     Attributes:
         gradients, updates: [steps, n].
@@ -271,6 +272,9 @@ def trace(
 ) -> Trace:
     """Record gradients and updates of some coordinates while the rule optimizes meta-validation tasks of a family.
 
+    A rule with a basis is recorded in it. What it remembers of a matrix's gradients turns when the basis changes, so
+    that a replay of single coordinates is then no longer exact.
+
     Args:
         rule, theta: the optimizer.
         family: the family.
@@ -284,12 +288,18 @@ def trace(
     total = particles.params.numel()
     chosen = torch.as_tensor(np.random.default_rng(seed).permutation(total)[:num_coordinates])
     contexts: list[torch.Tensor] = []
-    move = learned_move(rule, as_double(theta), particles, contexts=contexts)
-    grads, places, losses = [particles.grads.view(-1)[chosen]], [particles.params.view(-1)[chosen]], [particles.losses]
+    turns: list[Turns] = []
+    move = learned_move(rule, as_double(theta), particles, contexts=contexts, turns=turns)
+    seen, moved, losses = [], [], [particles.losses]
+    grads, params = particles.grads, particles.params
     for loss, _, _ in inner_steps(batched, particles, horizon, move):
-        grads.append(particles.grads.view(-1)[chosen])  # what the next step sees, which may be an older gradient
-        places.append(particles.params.view(-1)[chosen])
+        update = particles.params - params
+        if turns:
+            grads, update = turns[-1].gradients(grads), turns[-1].into(update)
+            turns.clear()
+        seen.append(grads.reshape(-1)[chosen])
+        moved.append(update.reshape(-1)[chosen])
         losses.append(loss)
-    moved = torch.stack(places).diff(dim=0)
+        grads, params = particles.grads, particles.params  # what the next step sees, which may be an older gradient
     told = torch.stack(contexts)[..., particles.layout.index(batched.device)[chosen]].numpy() if contexts else None
-    return Trace(torch.stack(grads[:-1]).numpy(), moved.numpy(), torch.stack(losses).mean(1).numpy(), told)
+    return Trace(torch.stack(seen).numpy(), torch.stack(moved).numpy(), torch.stack(losses).mean(1).numpy(), told)

@@ -21,7 +21,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from learned_opt.batched import BatchedFamily
-from learned_opt.particles import EpisodePlan, Particles, place, start_particles
+from learned_opt.particles import EpisodePlan, Particles, fresh_state, place, start_particles
 from learned_opt.rules.base import UpdateRule
 from learned_opt.task import Tensors
 from learned_opt.unroll import Move, inner_steps, learned_move
@@ -196,7 +196,7 @@ def _start(batched: BatchedFamily, rule: UpdateRule | None, split: str, draws: S
         parts.append(start_particles(batched, None, EpisodePlan(split=split, run_seed=seed), ids))
     particles = _concatenate(parts)
     if rule is not None:
-        particles.rule_state = rule.init_state(particles.params.numel(), dtype=batched.dtype, device=batched.device)
+        particles.rule_state, particles.basis = fresh_state(rule, batched, len(particles))
     return particles
 
 
@@ -221,7 +221,7 @@ def _concatenate(parts: Sequence[Particles]) -> Particles:
         losses=tensors("losses"),
         initial=tensors("initial"),
         rule_state={},
-        sizes=parts[0].sizes,
+        shapes=parts[0].shapes,
         pending=None if parts[0].pending is None else tensors("pending"),
     )
 

@@ -57,6 +57,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixture": ("mixture", {}),
     "paced": ("mixture", {"growth": 0.1, "hidden_size": 1}),
+    "turned": ("mixture", {"growth": 0.1, "hidden_size": 1, "basis": 128}),
     "gated": ("gated", {}),
     "adam": ("adam", {}),
     "sgd": ("sgd", {}),

@@ -4,7 +4,8 @@ An update rule is a pure function: (theta, gradients, parameters, rule state) to
 parameters_new = parameters + update. Everything is held *coordinates last*: gradients are [n], every state tensor is
 [..., n], so that a matrix product over features runs over contiguous coordinates. Rules are coordinatewise: column i of
 the result depends on column i of the inputs alone, so any split of the coordinates gives the same numbers. What a rule
-is to know of a coordinate's whole parameter tensor is computed beforehand and passed in (`learned_opt.rules.context`).
+is to know of a coordinate's whole parameter tensor is computed beforehand and passed in (`learned_opt.rules.context`),
+and which coordinates a matrix has may be chosen beforehand, too (`learned_opt.rules.basis`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from learned_opt.task import Tensors
 
 if TYPE_CHECKING:
+    from learned_opt.rules.basis import Basis
     from learned_opt.rules.context import Context, TensorLayout
 
 _CACHED_NUMBERS = 2**18
@@ -54,11 +56,16 @@ class UpdateRule(ABC):
     Attributes:
         kind: the name the rule is registered under.
         num_context: rows of context that `update` is given; 0 for a rule that needs none.
+        basis: the basis that it wants the gradients of matrices in, and makes updates in (`learned_opt.rules.basis`);
+            None for the coordinates as they are. A rule with a basis must not use `params`, which are not turned.
+        linear_state: names of state that is linear in the gradients so far; it turns with the basis.
     """
 
     kind: ClassVar[str]
     config: RuleConfig
     num_context: int = 0
+    basis: Basis | None = None
+    linear_state: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def init_theta(self, generator: torch.Generator) -> Tensors:

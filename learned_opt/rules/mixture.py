@@ -32,6 +32,7 @@ import torch
 
 from learned_opt.rules import native
 from learned_opt.rules.base import RuleConfig
+from learned_opt.rules.basis import Basis
 from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.context import TensorLayout
 from learned_opt.rules.features import (
@@ -63,6 +64,10 @@ class MixtureRuleConfig(RuleConfig):
         growth: the most that a step's logarithm grows or shrinks by for good in one step, not negative; 0 leaves this
             out, the state that it needs, and what is asked of whole tensors.
         most_grown: bound of the logarithm that a step has grown by for good, in (0, 12]; it may shrink by e^−12.
+        basis: matrices are taken in the eigenvectors of their gradients' second moments (`learned_opt.rules.basis`)
+            along sides of at most so many rows or columns; 0 for none.
+        basis_decay: decay of those second moments, in [0, 1).
+        basis_every: steps from one change of the eigenvectors to the next, at least 1.
     """
 
     fast: float = 0.9
@@ -76,9 +81,12 @@ class MixtureRuleConfig(RuleConfig):
     range: float = 6.0
     growth: float = 0.0
     most_grown: float = 12.0
+    basis: int = 0
+    basis_decay: float = 0.95
+    basis_every: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("fast", "medium", "slow", "square", "slow_square"):
+        for name in ("fast", "medium", "slow", "square", "slow_square", "basis_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
         for name in ("eps", "output_scale", "range"):
@@ -88,8 +96,13 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(f"most_grown must lie in (0, 12]; got {self.most_grown}")
         if not 0 <= self.growth < math.inf:
             raise ValueError(f"growth must be finite and not negative; got {self.growth}")
-        if self.hidden_size < 1:
-            raise ValueError(f"hidden_size must be at least 1; got {self.hidden_size}")
+        for name in ("hidden_size", "basis_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.basis < 0 or self.basis == 1:
+            raise ValueError(
+                f"basis must be 0, for none, or the length of a matrix's side, at least 2; got {self.basis}"
+            )
 
     @property
     def betas(self) -> tuple[float, ...]:
@@ -106,10 +119,12 @@ class MixtureRule(CompiledRule):
 
     kind: ClassVar[str] = "mixture"
     config: MixtureRuleConfig
+    linear_state: ClassVar[tuple[str, ...]] = ("m",)
 
     def __init__(self, config: MixtureRuleConfig | None = None) -> None:
-        self.config = config or MixtureRuleConfig()
-        self.num_context = NUM_CONTEXT if self.config.growth else 0
+        c = self.config = config or MixtureRuleConfig()
+        self.num_context = NUM_CONTEXT if c.growth else 0
+        self.basis = Basis(longest=c.basis, decay=c.basis_decay, every=c.basis_every) if c.basis else None
 
     def init_theta(self, generator: torch.Generator) -> Tensors:
         """Uniform(±1/√hidden) weights as in `torch.nn.LSTM`, forget bias 1; the read-out a tenth of that, and Adam."""

@@ -1,0 +1,193 @@
+"""The basis in which a rule is given the gradient of a matrix.
+
+A coordinatewise rule scales every coordinate by itself, so it matters which coordinates there are. Let G be a matrix's
+gradient, and let U and V hold the eigenvectors of moving averages of G·Gᵀ and Gᵀ·G. A rule with a `Basis` is given
+UᵀGV instead of G, and its update D is applied as U·D·Vᵀ. In these coordinates a matrix's curvature is nearly
+diagonal, so that what scales coordinates apart scales directions apart. The averages are Shampoo's (Gupta, Koren and
+Singer 2018, arXiv:1802.09568); Adam in their eigenvectors is SOAP (Vyas et al. 2024, arXiv:2409.11321), and here the
+learned rule stands in Adam's place.
+
+Eigenvectors are followed by orthogonal iteration: every few steps, U becomes the first factor of the QR decomposition
+of (average)·U. Unlike in SOAP, it begins with U = 1 and with the very first gradient, needs no eigenvalue
+decomposition, and keeps every column's sign, so that a coordinate stays the same coordinate. What the rule
+remembers linearly of gradients (`UpdateRule.linear_state`) turns along.
+
+A tensor of more than two dimensions is the matrix [first, all others]. What has a single row or column stays as it is,
+and so do the sides of a matrix that are longer than `Basis.longest`. Functions here work on many matrices of one shape
+at once, [..., rows, columns].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from learned_opt.task import Tensors
+
+SIDES = ("left", "right")
+_SHIFT = 1e-5  # well above rounding, so that directions without a gradient are the same ones on every machine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Basis:
+    """Which sides of matrices are turned, and how their averages move.
+
+    Attributes:
+        longest: sides of at most so many rows or columns are turned; at least 2.
+        decay: of the averages of G·Gᵀ and Gᵀ·G, in [0, 1).
+        every: steps from one change of the basis to the next, at least 1.
+    """
+
+    longest: int
+    decay: float
+    every: int
+
+    def sides(self, shape: Sequence[int]) -> Sides | None:
+        """How a tensor of this shape is turned; None if it is not."""
+        if len(shape) < 2:
+            return None
+        rows, columns = shape[0], math.prod(shape[1:])
+        if min(rows, columns) < 2:
+            return None
+        left, right = (size <= self.longest for size in (rows, columns))
+        return Sides(rows, columns, left, right) if left or right else None
+
+    def init(
+        self, shapes: Sequence[Sequence[int]], num_sets: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Tensors:
+        """The state of so many sets of tensors of these shapes that have seen no gradient.
+
+        Returns:
+            Zeros [num_sets, size, size], whose names begin with the number of the tensor.
+        """
+        out: Tensors = {}
+        for place, shape in enumerate(shapes):
+            sides = self.sides(shape)
+            own = sides.init(num_sets, dtype=dtype, device=device) if sides else {}
+            out |= {f"{place}.{name}": value for name, value in own.items()}
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """A tensor as a matrix.
+
+    Attributes:
+        rows, columns: of the matrix.
+        left, right: whether its rows, and its columns, are turned.
+    """
+
+    rows: int
+    columns: int
+    left: bool
+    right: bool
+
+    def as_matrices(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., rows · columns] as [..., rows, columns]."""
+        return x.unflatten(-1, (self.rows, self.columns))
+
+    def turned(self) -> list[tuple[str, int]]:
+        """Name and length of every side that is turned."""
+        named = zip(SIDES, (self.rows, self.columns), (self.left, self.right))
+        return [(name, size) for name, size, is_turned in named if is_turned]
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """The names of the state of one such matrix, and their shapes."""
+        return {f"{side}.{what}": (size, size) for side, size in self.turned() for what in ("average", "vectors")}
+
+    def init(self, *lead: int, dtype: torch.dtype, device: torch.device | str) -> Tensors:
+        """The state of matrices that have seen no gradient: zeros [*lead, size, size]."""
+        return {name: torch.zeros(*lead, *shape, dtype=dtype, device=device) for name, shape in self.shapes().items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """The vectors [..., rows, rows] and [..., columns, columns] of a basis; None for a side that is not turned."""
+
+    left: torch.Tensor | None
+    right: torch.Tensor | None
+
+    def into(self, matrices: torch.Tensor) -> torch.Tensor:
+        """[..., rows, columns] in this basis: UᵀGV."""
+        if self.left is not None:
+            matrices = self.left.mT @ matrices
+        return matrices if self.right is None else matrices @ self.right
+
+    def back(self, matrices: torch.Tensor) -> torch.Tensor:
+        """What has these coordinates in this basis: U·D·Vᵀ."""
+        if self.left is not None:
+            matrices = self.left @ matrices
+        return matrices if self.right is None else matrices @ self.right.mT
+
+    def of(self, sets: torch.Tensor) -> Turn:
+        """Those of some of the matrices, by index along the first dimension."""
+        return Turn(*(None if side is None else side.index_select(0, sets) for side in (self.left, self.right)))
+
+    def since(self, before: Turn) -> Turn:
+        """The turn that takes coordinates in the basis `before` to coordinates in this one."""
+
+        def change(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
+            return None if old is None or new is None else old.mT @ new
+
+        return Turn(change(before.left, self.left), change(before.right, self.right))
+
+
+def turn_of(state: Tensors) -> Turn:
+    """The basis of a state."""
+    return Turn(state.get("left.vectors"), state.get("right.vectors"))
+
+
+def observe(basis: Basis, sides: Sides, state: Tensors, matrices: torch.Tensor) -> Tensors:
+    """Take gradients [..., rows, columns] into the averages; a gradient that is not finite leaves its averages alone.
+
+    Returns:
+        The averages, new tensors by name.
+    """
+    out: Tensors = {}
+    for side, _ in sides.turned():
+        square = matrices @ matrices.mT if side == "left" else matrices.mT @ matrices
+        old = state[f"{side}.average"]
+        new = torch.lerp(square, old, basis.decay)
+        sound = new.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()[..., None, None]
+        out[f"{side}.average"] = torch.where(sound, new, old)
+    return out
+
+
+def refresh(sides: Sides, state: Tensors, first: torch.Tensor | bool) -> Tensors:
+    """One step of orthogonal iteration.
+
+    Args:
+        sides: which.
+        state: the averages, and the vectors so far.
+        first: whether there are none so far, one value or [..., 1, 1]; the identity stands in for them then.
+
+    Returns:
+        The vectors, new tensors by name.
+    """
+    out: Tensors = {}
+    for side, size in sides.turned():
+        average, vectors = state[f"{side}.average"], state[f"{side}.vectors"]
+        one = torch.eye(size, dtype=average.dtype, device=average.device)
+        if isinstance(first, torch.Tensor):
+            vectors = torch.where(first, one, vectors)
+        elif first:
+            vectors = one.expand_as(average)
+        trace = average.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        # A little of what is there: directions that hardly any gradient had a part in stay where they are.
+        power = (average / trace.clamp_min(torch.finfo(average.dtype).tiny)) @ vectors + _SHIFT * vectors
+        found, triangle = torch.linalg.qr(power)
+        signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(found.dtype)
+        out[f"{side}.vectors"] = found * signs[..., None, :]
+    return out
+
+
+def without_noise(matrices: torch.Tensor) -> torch.Tensor:
+    """The same, with zeros where nothing but rounding is left of the numbers that were turned.
+
+    A rule divides by the size of what it sees: it would make whole steps of that.
+    """
+    sizes = matrices.abs()
+    return torch.where(sizes < 8 * torch.finfo(matrices.dtype).eps * sizes.amax((-2, -1), keepdim=True), 0.0, matrices)
