@@ -210,6 +210,11 @@ class Program:
     sharded: Sequence[torch.Tensor] = ()
     elsewhere: Sequence[Entry] = ()
 
+    @property
+    def device_type(self) -> str:
+        """The kind of device that it runs on, such as "cpu"."""
+        return next(iter(self.theta.values())).device.type
+
     def step(self, work: Sequence[Chunk]) -> None:
         """Take one step of the rule on whole blocks: moves parameters and state."""
         self._run(self._stepper, work)
@@ -225,11 +230,10 @@ class Program:
         return sum(num_frozen)
 
     def _run(self, make: Callable[[], Callable[[Chunk, Context | None], None]], work: Sequence[Chunk]) -> None:
-        device = next(iter(self.theta.values())).device.type
         # One chunk after another: torch's own threads share each operation. Threads that each own chunks were slower,
         # since they hand the interpreter's lock back and forth at every operation.
-        with torch.autocast(device, enabled=False):
-            contexts, do = self._contexts(work, device), make()
+        with torch.autocast(self.device_type, enabled=False):
+            contexts, do = self._contexts(work, self.device_type), make()
             for block, context in zip(work, contexts):
                 for chunk in block.cut(self.chunk_size):
                     do(chunk, context)

@@ -11,6 +11,7 @@ same, and keeps its own part. A process that has nothing of a parameter takes pa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -29,15 +30,18 @@ KEY = "basis"
 def keys_of(rule: UpdateRule, param: torch.Tensor) -> list[str]:
     """The names of the state that holds a parameter's basis; none where it has no basis."""
     sides = rule.basis.sides(param.shape) if rule.basis else None
-    if sides is None:
-        return []
-    count = sum(math.prod(shape) for shape in sides.shapes().values())
-    return [f"{KEY}.{k}" for k in range(-(-count // param.numel()))]
+    return [] if sides is None else _keys(sides)
+
+
+@functools.lru_cache(maxsize=1024)
+def _keys(sides: Sides) -> list[str]:
+    count = sum(math.prod(shape) for shape in sides.shapes.values())
+    return [f"{KEY}.{k}" for k in range(-(-count // (sides.rows * sides.columns)))]
 
 
 def unpacked(sides: Sides, rows: torch.Tensor) -> Tensors:
     """The basis in rows [number of keys, numel] of a whole parameter, as views."""
-    shapes = sides.shapes()
+    shapes = sides.shapes
     sizes = [math.prod(shape) for shape in shapes.values()]
     parts = rows.reshape(-1)[: sum(sizes)].split(sizes)
     return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
@@ -45,7 +49,7 @@ def unpacked(sides: Sides, rows: torch.Tensor) -> Tensors:
 
 def packed(sides: Sides, basis: Tensors, num_rows: int) -> torch.Tensor:
     """The rows [num_rows, numel] that hold a basis: the inverse of `unpacked`."""
-    flat = torch.cat([basis[name].reshape(-1) for name in sides.shapes()])
+    flat = torch.cat([basis[name].reshape(-1) for name in sides.shapes])
     size = num_rows * sides.rows * sides.columns
     return torch.nn.functional.pad(flat, (0, size - len(flat))).view(num_rows, -1)
 
@@ -67,8 +71,7 @@ class Turning:
 
     def result(self, there: torch.Tensor) -> torch.Tensor:
         """This process's part [n] of what has these coordinates (its own part, [n]) in the basis."""
-        with torch.autocast(there.device.type, enabled=False):
-            whole = self.turn.back(self.sides.as_matrices(gathered(there, self.entry.key)))
+        whole = self.turn.back(self.sides.as_matrices(gathered(there, self.entry.key)))
         return own_part(whole.reshape(-1), self.entry.key)
 
 
@@ -81,21 +84,26 @@ def step(program: Program, entries: Sequence[Entry], blocks: Blocks, bases: Bloc
         blocks: where the rule's state is packed.
         bases: where the bases are.
     """
-    given, turnings = _begin(program, entries, bases)
-    program.step(list(whole_blocks(given, blocks, program.layout.keys, program.chunk_size)))
-    keep = 1 - program.rates.lr * program.rates.weight_decay
-    for turning in turnings:
-        moved, param = turning.result(turning.turned.param), turning.entry.param
-        param.copy_(torch.add(param.to(program.dtype) * keep, moved))
+    with torch.autocast(program.device_type, enabled=False):
+        given, turnings = _begin(program, entries, bases)
+        program.step(list(whole_blocks(given, blocks, program.layout.keys, program.chunk_size)))
+        keep = 1 - program.rates.lr * program.rates.weight_decay
+        for turning in turnings:
+            moved, param = turning.result(turning.turned.param), turning.entry.param
+            if param.dtype == program.dtype:
+                (param if keep == 1 else param.mul_(keep)).add_(moved)
+            else:
+                param.copy_(torch.add(param.to(program.dtype) * keep, moved))
 
 
 def propose(program: Program, entries: Sequence[Entry], blocks: Blocks, bases: Blocks) -> int:
     """Put the rule's updates into the entries, and move its state alone: see `Program.propose`, and `step`."""
-    given, turnings = _begin(program, entries, bases)
-    num_frozen = program.propose(list(whole_blocks(given, blocks, program.layout.keys, program.chunk_size)))
-    for turning in turnings:
-        assert turning.entry.update is not None and turning.turned.update is not None
-        turning.entry.update.copy_(turning.result(turning.turned.update))
+    with torch.autocast(program.device_type, enabled=False):
+        given, turnings = _begin(program, entries, bases)
+        num_frozen = program.propose(list(whole_blocks(given, blocks, program.layout.keys, program.chunk_size)))
+        for turning in turnings:
+            assert turning.entry.update is not None and turning.turned.update is not None
+            turning.entry.update.copy_(turning.result(turning.turned.update))
     return num_frozen
 
 
@@ -116,8 +124,7 @@ def _begin(program: Program, entries: Sequence[Entry], bases: Blocks) -> tuple[S
     for entry in [*plain, *everywhere]:
         sides = basis.sides(entry.key.shape)
         if sides is not None:
-            with torch.autocast(entry.param.device.type, enabled=False):
-                turnings[id(entry.key)] = _begin_one(program, entry, sides, bases)
+            turnings[id(entry.key)] = _begin_one(program, entry, sides, bases)
     given = [turnings[id(e.key)].turned if id(e.key) in turnings else e for e in entries]
     return given, list(turnings.values())
 
@@ -127,21 +134,20 @@ def _begin_one(program: Program, entry: Entry, sides: Sides, bases: Blocks) -> T
     assert rule.basis is not None
     keys = keys_of(rule, param)
     block = bases.of([param], [entry.state], keys)
-    own = unpacked(sides, gathered_rows(block.rows, param))
+    is_sharded = hasattr(param, "placements")
+    own = unpacked(sides, gathered_rows(block.rows, param))  # the state itself, unless it is sharded
     grad = sides.as_matrices(gathered(entry.grad.to(dtype), param))
-    new = {**own, **observe(rule.basis, sides, own, grad)}
+    observe(rule.basis, sides, own, grad, overwrite=True)
+    turn = turn_of(own)
     if entry.step % rule.basis.every == 0:
-        new |= refresh(sides, new, entry.step == 0)
+        found = refresh(sides, own, entry.step == 0)
         if entry.step:
-            _turn_state(rule, entry, sides, turn_of(new).since(turn_of(own)), dtype)
-    if hasattr(param, "placements"):
-        for row, whole in zip(block.rows, packed(sides, new, len(keys))):
+            _turn_state(rule, entry, sides, turn_of(found).since(turn), dtype)
+        for name, value in found.items():
+            own[name].copy_(value)
+    if is_sharded:
+        for row, whole in zip(block.rows, packed(sides, own, len(keys))):
             row.copy_(own_part(whole, param))
-    else:
-        for name, value in own.items():
-            value.copy_(new[name])
-        new = own
-    turn = turn_of(new)
     turned = own_part(without_noise(turn.into(grad)).reshape(-1), param)
     nothing = torch.zeros_like(turned)
     update = None if entry.update is None else torch.empty_like(turned)

@@ -85,7 +85,7 @@ class Turner:
         changes: dict[int, tuple[Sides, Turn]] = {}
         state = dict(particles.basis)
         for place, sides in self.sides.items():
-            own = {name: state[f"{place}.{name}"] for name in sides.shapes()}
+            own = {name: state[f"{place}.{name}"] for name in sides.shapes}
             before = turn_of(own)
             own |= observe(self.basis, sides, own, sides.as_matrices(parts[place]))
             if due:

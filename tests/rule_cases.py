@@ -90,7 +90,7 @@ class BasesByHand:
                 old = vectors
                 average = settings["basis_decay"] * average + (1 - settings["basis_decay"]) * own @ own.T
                 if size <= settings["basis"] and self.step % settings["basis_every"] == 0:
-                    vectors = _gram_schmidt(average / max(np.trace(average), 1e-300) @ vectors + 1e-5 * vectors)
+                    vectors = _gram_schmidt(average / max(np.trace(average), 1e-300) @ vectors + 1e-4 * vectors)
                 self.known[k, side] = average, vectors
                 turns.append((old, vectors))
             (old_u, u), (old_v, v) = turns

@@ -96,15 +96,21 @@ def test_rounding_is_no_gradient():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_a_gradient_that_is_not_finite_leaves_averages_alone(bad):
+def test_numbers_that_are_not_finite_count_zero_in_averages(bad):
     sides = BASIS.sides((3, 4))
     state = sides.init(2, dtype=torch.float32, device="cpu")
     state |= observe(BASIS, sides, state, random(2, 3, 4, dtype=torch.float32))
     broken = random(2, 3, 4, seed=1, dtype=torch.float32)
-    broken[1, 2, 2] = bad
-    after = observe(BASIS, sides, state, broken)
-    for name, value in after.items():
-        assert value.isfinite().all() and value[1].equal(state[name][1]) and not value[0].equal(state[name][0])
+    whole = broken.clone()
+    broken[1, 2, 2], whole[1, 2, 2] = bad, 0
+    found, want = (observe(BASIS, sides, state, matrices) for matrices in (broken, whole))
+    for side, square in (("left", whole @ whole.mT), ("right", whole.mT @ whole)):
+        name = f"{side}.average"
+        assert found[name].equal(want[name])
+        torch.testing.assert_close(found[name], 0.9 * state[name] + 0.1 * square)
+    copied = {name: value[0].clone() for name, value in state.items()}
+    observe(BASIS, sides, copied, broken[0], overwrite=True)
+    torch.testing.assert_close(copied["left.average"], found["left.average"][0])
 
 
 def test_without_any_gradient_the_basis_is_the_coordinates():
@@ -242,7 +248,7 @@ def test_however_it_is_computed_the_first_order_is_one(settings):
 
 def test_packing_is_undone():
     sides = BASIS.sides((3, 5))
-    basis = {name: random(*shape, seed=k) for k, (name, shape) in enumerate(sides.shapes().items())}
+    basis = {name: random(*shape, seed=k) for k, (name, shape) in enumerate(sides.shapes.items())}
     num_rows = len(parameter_basis.keys_of(rules.get("turned"), torch.zeros(3, 5)))
     assert num_rows == 5  # 2 · 9 + 2 · 25 = 68 numbers, 15 a row
     rows = parameter_basis.packed(sides, basis, num_rows)
@@ -271,6 +277,17 @@ def test_what_meta_training_ran_is_what_the_optimizer_runs():
     )
     for name, value in kept.items():
         torch.testing.assert_close(value, particles.basis[f"0.{name}"][0], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "num_bytes"), [((10, 10), 48), ((64, 20), 64), ((7,), 32), ((200, 300), 32)])
+def test_bytes_of_state_a_parameter(shape, num_bytes):
+    param = nn.Parameter(torch.ones(shape))
+    optimizer = LearnedOptimizer([param], artifact_of("turned"))
+    param.grad = torch.ones(shape)
+    optimizer.step()
+    rows = [v for k, v in optimizer.state[param].items() if k != "step"]
+    assert sum(v.numel() * v.element_size() for v in rows) == param.numel() * num_bytes
+    assert all(row.shape == param.shape for row in rows)
 
 
 def test_convolutions_are_matrices():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch.nn import functional as F
 
-from benchmarks import amortization, families, few_shot
+from benchmarks import amortization, families, few_shot, mnist
 from benchmarks.amortization_report import final, measured_steps, steps_to
 from examples.own_problem import network, source_files
 from learned_opt.batched import BatchedFamily
@@ -27,6 +27,21 @@ def test_few_shot_is_resumed_and_saved_method_by_method(tmp_path, monkeypatch, c
     for row in methods.values():
         assert [found["inner_steps"] for found in row["after"]] == [1, 2, 5, 10]
         assert all(found["low"] < found["mean"] < found["high"] for found in row["after"])
+
+
+def test_mnist_networks_beside_tuned_adam(tmp_path, capsys):
+    results = tmp_path / "mnist.json"
+    small = ["--dataset", "digits", "--networks", "ReLU", "--horizons", "12", "--num-tasks", "3", "--out", str(results)]
+    mnist.main(["adam", *small])
+    saved = json.loads(results.read_text())
+    assert saved["optimizer"].startswith("adam@")
+    (row,) = saved["results"].values()
+    assert list(saved["results"]) == ["ReLU, 12 steps"]
+    # Adam at 1e-3 is hardly under way where its best rate has arrived.
+    value, low, high = row["final loss over adam's"]
+    assert 1 < low <= value <= high
+    assert value == pytest.approx(row["final loss"]["learned"] / row["final loss"]["adam"])
+    assert row["adam's rate"] > 1e-3 and "ReLU, 12 steps: final" in capsys.readouterr().out
 
 
 def test_rows_of_families_that_are_not_measured_are_kept(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ at once, [..., rows, columns].
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -28,7 +29,8 @@ import torch
 from learned_opt.task import Tensors
 
 SIDES = ("left", "right")
-_SHIFT = 1e-5  # well above rounding, so that directions without a gradient are the same ones on every machine
+_SHIFT = 1e-4  # well above rounding: directions with hardly a gradient are the same on every machine, and stay put
+_LARGE = 1e15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,13 +49,9 @@ class Basis:
 
     def sides(self, shape: Sequence[int]) -> Sides | None:
         """How a tensor of this shape is turned; None if it is not."""
-        if len(shape) < 2:
-            return None
-        rows, columns = shape[0], math.prod(shape[1:])
-        if min(rows, columns) < 2:
-            return None
-        left, right = (size <= self.longest for size in (rows, columns))
-        return Sides(rows, columns, left, right) if left or right else None
+        if torch.compiler.is_compiling():  # which does not look into caches
+            return _sides.__wrapped__(self.longest, tuple(shape))
+        return _sides(self.longest, tuple(shape))
 
     def init(
         self, shapes: Sequence[Sequence[int]], num_sets: int, *, dtype: torch.dtype, device: torch.device | str
@@ -89,18 +87,31 @@ class Sides:
         """[..., rows · columns] as [..., rows, columns]."""
         return x.unflatten(-1, (self.rows, self.columns))
 
+    @functools.cached_property
     def turned(self) -> list[tuple[str, int]]:
         """Name and length of every side that is turned."""
         named = zip(SIDES, (self.rows, self.columns), (self.left, self.right))
         return [(name, size) for name, size, is_turned in named if is_turned]
 
+    @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The names of the state of one such matrix, and their shapes."""
-        return {f"{side}.{what}": (size, size) for side, size in self.turned() for what in ("average", "vectors")}
+        return {f"{side}.{what}": (size, size) for side, size in self.turned for what in ("average", "vectors")}
 
     def init(self, *lead: int, dtype: torch.dtype, device: torch.device | str) -> Tensors:
         """The state of matrices that have seen no gradient: zeros [*lead, size, size]."""
-        return {name: torch.zeros(*lead, *shape, dtype=dtype, device=device) for name, shape in self.shapes().items()}
+        return {name: torch.zeros(*lead, *shape, dtype=dtype, device=device) for name, shape in self.shapes.items()}
+
+
+@functools.lru_cache(maxsize=1024)
+def _sides(longest: int, shape: tuple[int, ...]) -> Sides | None:
+    if len(shape) < 2:
+        return None
+    rows, columns = shape[0], math.prod(shape[1:])
+    if min(rows, columns) < 2:
+        return None
+    left, right = (size <= longest for size in (rows, columns))
+    return Sides(rows, columns, left, right) if left or right else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,19 +151,28 @@ def turn_of(state: Tensors) -> Turn:
     return Turn(state.get("left.vectors"), state.get("right.vectors"))
 
 
-def observe(basis: Basis, sides: Sides, state: Tensors, matrices: torch.Tensor) -> Tensors:
-    """Take gradients [..., rows, columns] into the averages; a gradient that is not finite leaves its averages alone.
+def observe(basis: Basis, sides: Sides, state: Tensors, matrices: torch.Tensor, *, overwrite: bool = False) -> Tensors:
+    """Take gradients [rows, columns], or [sets, rows, columns], into the averages.
+
+    Numbers that are not finite, or too large to be squared, count zero.
+
+    Args:
+        basis, sides: what is turned, and how.
+        state: the averages.
+        matrices: the gradients.
+        overwrite: whether to write into the averages instead of making new tensors.
 
     Returns:
-        The averages, new tensors by name.
+        The averages by name.
     """
+    sound = torch.where(matrices.abs() < _LARGE, matrices, 0.0)
+    product = torch.addmm if matrices.dim() == 2 else torch.baddbmm
     out: Tensors = {}
-    for side, _ in sides.turned():
-        square = matrices @ matrices.mT if side == "left" else matrices.mT @ matrices
-        old = state[f"{side}.average"]
-        new = torch.lerp(square, old, basis.decay)
-        sound = new.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()[..., None, None]
-        out[f"{side}.average"] = torch.where(sound, new, old)
+    for side, _ in sides.turned:
+        name = f"{side}.average"
+        one, other = (sound, sound.mT) if side == "left" else (sound.mT, sound)
+        target = {"out": state[name]} if overwrite else {}
+        out[name] = product(state[name], one, other, beta=basis.decay, alpha=1 - basis.decay, **target)
     return out
 
 
@@ -168,7 +188,7 @@ def refresh(sides: Sides, state: Tensors, first: torch.Tensor | bool) -> Tensors
         The vectors, new tensors by name.
     """
     out: Tensors = {}
-    for side, size in sides.turned():
+    for side, size in sides.turned:
         average, vectors = state[f"{side}.average"], state[f"{side}.vectors"]
         one = torch.eye(size, dtype=average.dtype, device=average.device)
         if isinstance(first, torch.Tensor):

@@ -142,7 +142,7 @@ def agreement(sums: torch.Tensor) -> torch.Tensor:
     Args:
         sums: of `agreement_terms` over the tensor, [8, …].
     """
-    squares = sums[[0, 0, 0, 1]] * sums[[1, 2, 3, 3]]
+    squares = torch.cat([sums[:1] * sums[1:4], sums[1:2] * sums[3:4]])
     known = squares > 0
     cosines = torch.where(known, sums[4:] * torch.where(known, squares, 1.0).rsqrt(), 0.0)
     return _SHARPNESS * cosines / (1 + _SHARPNESS * cosines.abs())
