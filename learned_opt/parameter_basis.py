@@ -11,7 +11,6 @@ same, and keeps its own part. A process that has nothing of a parameter takes pa
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -30,11 +29,8 @@ KEY = "basis"
 def keys_of(rule: UpdateRule, param: torch.Tensor) -> list[str]:
     """The names of the state that holds a parameter's basis; none where it has no basis."""
     sides = rule.basis.sides(param.shape) if rule.basis else None
-    return [] if sides is None else _keys(sides)
-
-
-@functools.lru_cache(maxsize=1024)
-def _keys(sides: Sides) -> list[str]:
+    if sides is None:
+        return []
     count = sum(math.prod(shape) for shape in sides.shapes.values())
     return [f"{KEY}.{k}" for k in range(-(-count // (sides.rows * sides.columns)))]
 
