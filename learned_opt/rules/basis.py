@@ -87,13 +87,13 @@ class Sides:
         """[..., rows · columns] as [..., rows, columns]."""
         return x.unflatten(-1, (self.rows, self.columns))
 
-    @functools.cached_property
+    @property
     def turned(self) -> list[tuple[str, int]]:
         """Name and length of every side that is turned."""
         named = zip(SIDES, (self.rows, self.columns), (self.left, self.right))
         return [(name, size) for name, size, is_turned in named if is_turned]
 
-    @functools.cached_property
+    @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The names of the state of one such matrix, and their shapes."""
         return {f"{side}.{what}": (size, size) for side, size in self.turned for what in ("average", "vectors")}
