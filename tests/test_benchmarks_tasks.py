@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch.nn import functional as F
 
-from benchmarks import amortization, families, few_shot, mnist
+from benchmarks import amortization, families, few_shot, lasso, mnist
 from benchmarks.amortization_report import final, measured_steps, steps_to
 from examples.own_problem import network, source_files
 from learned_opt.batched import BatchedFamily
@@ -42,6 +42,19 @@ def test_mnist_networks_beside_tuned_adam(tmp_path, capsys):
     assert 1 < low <= value <= high
     assert value == pytest.approx(row["final loss"]["learned"] / row["final loss"]["adam"])
     assert row["adam's rate"] > 1e-3 and "ReLU, 12 steps: final" in capsys.readouterr().out
+
+
+def test_lasso_beside_the_optimum(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lasso, "STEPS", (20, 60))
+    results = tmp_path / "lasso.json"
+    lasso.main(["adam", "--num-tasks", "3", "--out", str(results)])
+    rows = json.loads(results.read_text())["results"]
+    assert list(rows) == ["20 steps", "60 steps"]
+    for row in rows.values():
+        # Nothing is below the optimum; FISTA is nearest, and Adam at 1e-3 has hardly begun.
+        assert 0 < row["fista"]["together"][0] < row["adam"]["together"][0] < row["learned"]["together"][0]
+    assert rows["60 steps"]["fista"]["together"][0] < 0.5 * rows["20 steps"]["fista"]["together"][0]
+    assert "60 steps: learned" in capsys.readouterr().out
 
 
 def test_rows_of_families_that_are_not_measured_are_kept(tmp_path, monkeypatch, capsys):
