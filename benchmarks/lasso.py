@@ -2,8 +2,8 @@
 
     python -m benchmarks.lasso [compact | FILE] [--out benchmarks/results/lasso.json]
 
-Printed: the relative distance to the optimum after 100, 300 and 1,000 steps over meta-test draws, E(f − f*) / E(f*), the
-median of (f − f*) / f* over the draws whose optimum is not 0, and 95 % bootstrap intervals, beside Adam at the learning
+Printed: the relative distance to the optimum after 100, 300 and 1,000 steps over meta-test draws, E(f − f*) / E(f*),
+the median of (f − f*) / f* over the draws whose optimum is not 0, and 95 % intervals, beside Adam at the learning
 rate of a half-decade grid that is best at the end on meta-validation draws, and FISTA. f* is from 20,000 steps of FISTA
 in float64. All of it runs in float64.
 """
