@@ -1,6 +1,7 @@
 """What a step of the learned optimizers costs beside one of `torch.optim.AdamW`, and the state they keep.
 
     python benchmarks/step.py [--rule compact …] [--threads 1 2] [--repeats 15] [--json benchmarks/results/step.json]
+    python benchmarks/step.py --rule turned paced --widths 64 128 128 10       an MLP of other widths
     python benchmarks/step.py --device cuda [--rule compact …] [--model vit_b16 gpt2_small] [--json …]
 
 The model is an MLP with 1.0 M parameters. Steps of all optimizers are interleaved, so that what else the machine does
@@ -24,7 +25,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,28 @@ from torch import nn
 from learned_opt import Artifact, LearnedOptimizer, rules
 from learned_opt.rules import fused
 
+_STEPS = 5  # are timed at once: a basis changes in one of so many
 
-def model() -> nn.Sequential:
-    """An MLP with 1,006,510 parameters and made-up gradients."""
-    net = nn.Sequential(nn.Linear(500, 1000), nn.ReLU(), nn.Linear(1000, 500), nn.ReLU(), nn.Linear(500, 10))
+WIDTHS = (500, 1000, 500, 10)  # 1,006,510 parameters
+
+
+def model(widths: Sequence[int] = WIDTHS) -> nn.Sequential:
+    """The linear layers of an MLP of these widths, with made-up gradients."""
+    net = nn.Sequential(*(nn.Linear(inputs, outputs) for inputs, outputs in zip(widths, widths[1:])))
     generator = torch.Generator().manual_seed(0)
     for param in net.parameters():
         param.grad = torch.randn(param.shape, generator=generator) * 1e-2
     return net
 
 
-def optimizers(names: list[str]) -> dict[str, torch.optim.Optimizer]:
+def optimizers(names: list[str], widths: Sequence[int] = WIDTHS) -> dict[str, torch.optim.Optimizer]:
     """AdamW and one learned optimizer of each rule, every one on a model of its own."""
-    out: dict[str, torch.optim.Optimizer] = {"AdamW": torch.optim.AdamW(model().parameters(), lr=1e-5)}
+    out: dict[str, torch.optim.Optimizer] = {"AdamW": torch.optim.AdamW(model(widths).parameters(), lr=1e-5)}
     for name in names:
         rule = rules.get(name)
         artifact = Artifact.of(rule, rule.init_theta(torch.Generator().manual_seed(0)), name=name)
-        out[name] = LearnedOptimizer(model().parameters(), artifact)
-        out[f"{name}, guarded"] = LearnedOptimizer(model().parameters(), artifact, guard=True)
+        out[name] = LearnedOptimizer(model(widths).parameters(), artifact)
+        out[f"{name}, guarded"] = LearnedOptimizer(model(widths).parameters(), artifact, guard=True)
     return out
 
 
@@ -78,10 +83,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> float:
     return sum(v.numel() * v.element_size() for v in rows) / num_parameters
 
 
-def measure(names: list[str], num_threads: int, repeats: int) -> list[dict[str, Any]]:
+def measure(names: list[str], num_threads: int, repeats: int, widths: Sequence[int] = WIDTHS) -> list[dict[str, Any]]:
     """One row per optimizer: medians of wall and CPU milliseconds, and their ratios to AdamW's."""
     torch.set_num_threads(num_threads)
-    subjects = optimizers(names)
+    subjects = optimizers(names, widths)
     wall: dict[str, list[float]] = {name: [] for name in subjects}
     cpu: dict[str, list[float]] = {name: [] for name in subjects}
     steps = {name: FallingLoss(optimizer) for name, optimizer in subjects.items()}
@@ -91,9 +96,10 @@ def measure(names: list[str], num_threads: int, repeats: int) -> list[dict[str, 
     for _ in range(repeats):
         for name, step in steps.items():
             wall_before, cpu_before = time.perf_counter(), time.process_time()
-            step()
-            wall[name].append((time.perf_counter() - wall_before) * 1e3)
-            cpu[name].append((time.process_time() - cpu_before) * 1e3)
+            for _ in range(_STEPS):
+                step()
+            wall[name].append((time.perf_counter() - wall_before) * 1e3 / _STEPS)
+            cpu[name].append((time.process_time() - cpu_before) * 1e3 / _STEPS)
     rows = []
     for name, optimizer in subjects.items():
         row = {"optimizer": name, "threads": num_threads, "state_bytes": state_bytes(optimizer)}
@@ -224,8 +230,9 @@ def main() -> None:
     """Print the table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rule", nargs="+", default=["paced", "compact", "mixture", "rnnprop", "l2l"], choices=sorted(rules.RULES)
+        "--rule", nargs="+", default=["turned", "compact", "mixture", "rnnprop", "l2l"], choices=sorted(rules.RULES)
     )
+    parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="of the MLP's layers")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", help="such as cuda; time whole models' parameters there")
@@ -243,7 +250,7 @@ def main() -> None:
     rows = []
     load = os.getloadavg()[0]
     for num_threads in arguments.threads:
-        for row in measure(arguments.rule, num_threads, arguments.repeats):
+        for row in measure(arguments.rule, num_threads, arguments.repeats, arguments.widths):
             rows.append(row)
             print(
                 f"| {row['optimizer']} | {row['threads']} | {row['wall_ms']:.1f} | {row['wall_ratio']:.0f} | "

@@ -265,7 +265,7 @@ class TruncatedBackprop(Estimator):
             columns_valid = valid.repeat_interleave(batched.num_parameters)
             state = {name: torch.where(columns_valid, value, 0.0) for name, value in state.items()}
         grads, d_update = cleaned(stage.grads, valid), d_params
-        if stage.turns is not None:
+        if stage.turns is not None and stage.turns.turns:
             # What is linear in the gradients is as constant as they are: no derivative follows it through the turn.
             d_state |= {name: torch.zeros_like(state[name]) for name in work.rule.linear_state}
             grads, d_update = stage.turns.gradients(grads), stage.turns.into(d_update)

@@ -113,9 +113,9 @@ class Imitation(Estimator):
         """Particles at the start of their first episode.
 
         Raises:
-            ValueError: a rule that takes matrices in a basis.
+            ValueError: a rule that takes matrices in a basis, on tasks that have some.
         """
-        if work.rule.basis is not None:
+        if work.rule.basis is not None and any(map(work.rule.basis.sides, work.batched.shapes)):
             raise ValueError(
                 f"imitation compares updates coordinate by coordinate, and rule {work.rule.kind!r} takes matrices in a "
                 "basis of its own; use another estimator, or a rule without (basis=0)"
