@@ -11,19 +11,17 @@ in float64. All of it runs in float64.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.documents import plain, write
 from learned_opt.artifact import load
 from learned_opt.batched import BatchedFamily
-from learned_opt.evaluation import BASELINES, bootstrap, half_decades, run_rule
+from learned_opt.evaluation import BASELINES, bootstrap, run_rule, tune
 from learned_opt.evaluation.metrics import Array, median, ratio_of_means
-from learned_opt.files import write_atomically
 from learned_opt.particles import EpisodePlan
 from learned_opt.task import draw_task
 from tasks.linear import Lasso
@@ -49,7 +47,7 @@ def summary(losses: Array, best: Array) -> dict[str, list[float]]:
     known = best > 1e-6
     together = bootstrap(ratio_of_means, losses - best, best)
     each = bootstrap(median, losses[known] / best[known] - 1)
-    return {name: [v.value, v.low, v.high] for name, v in (("together", together), ("median", each))}
+    return {"together": plain(together), "median": plain(each)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,9 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     family, artifact = Lasso(), load(options.weights)
     batched = BatchedFamily(family, dtype=torch.float64)
     draws: dict[str, Any] = {"seeds": (0,), "num_tasks": options.num_tasks, "horizon": STEPS[-1]}
-    grid = half_decades(-4, 0)
-    tuning = BASELINES["adam"].run(batched, grid, split="meta_validation", **draws)
-    rate = grid[int(tuning.losses[-1].mean(1).nan_to_num(math.inf).argmin())]
+    rate = tune(BASELINES["adam"], batched, seed=0, num_tasks=options.num_tasks, horizon=STEPS[-1]).rate
+    assert rate is not None  # Adam does not diverge at every rate here
     adam = BASELINES["adam"].run(batched, (rate,), split="meta_test", **draws).losses[:, 0]
     learned = run_rule(artifact.rule, artifact.theta, batched, split="meta_test", **draws).losses
     least, fista = (torch.tensor(values, dtype=torch.float64).numpy() for values in optima(family, options.num_tasks))
@@ -80,16 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for label, row in results.items():
         cells = (f"{who} {v['together'][0]:.2g} (median {v['median'][0]:.2g})" for who, v in row.items())
         print(f"{label}: {', '.join(cells)}")
-    if options.out:
-        document = {
-            "command": f"python -m benchmarks.lasso {options.weights}",
-            "optimizer": artifact.identity,
-            "adam's rate": rate,
-            "num_tasks": options.num_tasks,
-            "results": results,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out, json.dumps(document, indent=1).encode())
+    document = {
+        "command": f"python -m benchmarks.lasso {options.weights}",
+        "optimizer": artifact.identity,
+        "adam's rate": rate,
+        "num_tasks": options.num_tasks,
+        "results": results,
+    }
+    write(options.out, document)
 
 
 if __name__ == "__main__":

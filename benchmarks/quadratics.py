@@ -16,7 +16,6 @@ the learning rate that is best for the mean loss at step 100 on meta-validation 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ from typing import Any
 import torch
 
 import tasks
+from benchmarks.documents import plain, write
 from learned_opt import load_artifact
 from learned_opt.batched import BatchedFamily
 from learned_opt.evaluation import BASELINES, DEFAULT_BASELINES, bootstrap, half_decades, run_rule
 from learned_opt.evaluation.metrics import Array, mean, median
-from learned_opt.files import write_atomically
 
 CONVENTIONS = ("normal", "zero_start", "uniform")
 HORIZON = 200
@@ -36,17 +35,12 @@ HORIZON = 200
 
 def numbers(losses: Array) -> dict[str, Any]:
     """What is reported of losses [HORIZON + 1, tasks]; each entry is [value, low, high]."""
-
-    def interval(statistic: Any, sample: Array) -> list[float]:
-        found = bootstrap(statistic, sample)
-        return [found.value, found.low, found.high]
-
     return {
-        "mean at 0": interval(mean, losses[0]),
-        "mean at 100": interval(mean, losses[100]),
-        "median at 100": interval(median, losses[100]),
-        "mean at 200": interval(mean, losses[200]),
-        "sum of means 1 to 100": interval(mean, losses[1:101].sum(0)),
+        "mean at 0": plain(bootstrap(mean, losses[0])),
+        "mean at 100": plain(bootstrap(mean, losses[100])),
+        "median at 100": plain(bootstrap(median, losses[100])),
+        "mean at 200": plain(bootstrap(mean, losses[200])),
+        "sum of means 1 to 100": plain(bootstrap(mean, losses[1:101].sum(0))),
     }
 
 
@@ -87,14 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"{k} {v[0]:.4g} [{v[1]:.4g}, {v[2]:.4g}]" for k, v in row.items() if isinstance(v, list)
                 )
                 print(f"{convention:10} {name:9} {cells}")
-    if options.out:
-        document = {
-            "command": "python -m benchmarks.quadratics --runs runs",
-            "num_tasks": options.num_tasks,
-            "results": results,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out, json.dumps(document, indent=1).encode())
+    command = "python -m benchmarks.quadratics --runs runs"
+    write(options.out, {"command": command, "num_tasks": options.num_tasks, "results": results})
 
 
 if __name__ == "__main__":

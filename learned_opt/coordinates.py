@@ -48,6 +48,7 @@ class StateLayout:
 
     Attributes:
         keys: a name for each row, such as "hidden.0.3" for hidden[0, 3] or "m" for m.
+        linear: whether each is linear in the gradients so far (`UpdateRule.linear_state`).
         has_step: whether the rule counts its steps.
     """
 
@@ -64,6 +65,7 @@ class StateLayout:
             indices = itertools.product(*(range(size) for size in lead))
             self.keys += [".".join([name, *map(str, index)]) for index in indices]
             self._parts.append((name, start, len(self.keys), lead))
+        self.linear = [key.partition(".")[0] in rule.linear_state for key in self.keys]
 
     def to_rule(self, rows: torch.Tensor, step: torch.Tensor | None) -> Tensors:
         """The rule's state from its rows [num_rows, n], as views, and its step count [1] or [n]."""

@@ -138,7 +138,7 @@ def _begin_one(program: Program, entry: Entry, sides: Sides, bases: Blocks) -> T
     if entry.step % rule.basis.every == 0:
         found = refresh(sides, own, entry.step == 0)
         if entry.step:
-            _turn_state(rule, entry, sides, turn_of(found).since(turn), dtype)
+            _turn_state(program, entry, sides, turn_of(found).since(turn))
         for name, value in found.items():
             own[name].copy_(value)
     if is_sharded:
@@ -151,12 +151,12 @@ def _begin_one(program: Program, entry: Entry, sides: Sides, bases: Blocks) -> T
     return Turning(entry, given, sides, turn)
 
 
-def _turn_state(rule: UpdateRule, entry: Entry, sides: Sides, change: Turn, dtype: torch.dtype) -> None:
+def _turn_state(program: Program, entry: Entry, sides: Sides, change: Turn) -> None:
     """Turn what the parameter's state holds that is linear in gradients."""
-    for key, value in entry.state.items():
-        if key.split(".")[0] in rule.linear_state:
-            here = local(value)
-            whole = sides.as_matrices(gathered(here.reshape(-1).to(dtype), entry.key))
+    for key, is_linear in zip(program.layout.keys, program.layout.linear):
+        if is_linear:
+            here = local(entry.state[key])
+            whole = sides.as_matrices(gathered(here.reshape(-1).to(program.dtype), entry.key))
             here.copy_(own_part(change.into(whole).reshape(-1), entry.key).view(here.shape))
 
 

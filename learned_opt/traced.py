@@ -92,6 +92,6 @@ def _turned(
     change = turn_of(found).since(turn_of(own))
     new |= {name: torch.where(due, value, own[name]) for name, value in found.items()}
     turned = change.into(sides.as_matrices(rows)).flatten(-2)
-    linear = torch.tensor([key.split(".")[0] in rule.linear_state for key in layout.keys], device=rows.device)
+    linear = torch.tensor(layout.linear, device=rows.device)
     rows = torch.where(linear[:, None] & (due & ~first).view(1, 1), turned, rows)
     return turn_of(new), rows, parameter_basis.packed(sides, new, len(packed_basis))

@@ -161,10 +161,10 @@ def learned_move(
         keep_states: whether every step's rule state stays as it was. Otherwise that of the first step does, and later
             ones may be overwritten.
         contexts: where to put the values of every step's context, for a rule that takes one.
-        turns: where to put every step's bases, for a rule that has one.
+        turns: where to put every step's bases, for a rule that has one on tasks with matrices.
     """
     step = stepper(rule, theta, len(particles) if per_particle else 1) if chunk_size is None else None
-    turner = Turner(rule, particles) if rule.basis else None
+    turner = Turner(rule, particles) if rule.turns(particles.shapes) else None
     overwrite = False
 
     def told(grads: torch.Tensor) -> Context | None:
@@ -244,7 +244,7 @@ def unroll(
         plan: names the tasks that restarted particles get.
         particles: advanced in place.
         num_steps: inner steps, at least 1.
-        record: "nothing"; "gradients", which a first-order replay needs, and which a rule with a basis does not allow;
+        record: "nothing"; "gradients", which a first-order replay needs, and which leaves bases out;
             or "stages", which going backwards step by step needs.
         per_particle: theta has a leading dimension of particles.
         restart_invalid: whether particles marked invalid start their next episode at the end.

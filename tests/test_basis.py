@@ -227,6 +227,9 @@ def test_imitation_is_refused():
     rule = rules.get("turned")
     with pytest.raises(ValueError, match="imitation compares updates coordinate by coordinate, and rule 'mixture'"):
         estimators.get("imitation").init(work_of(rule), theta_of(rule), range(4))
+    rule = rules.get("compact")
+    with pytest.raises(ValueError, match="coordinate by coordinate, and teacher 'mixture' .* a teacher without"):
+        estimators.get("imitation", teacher="turned").init(work_of(rule), theta_of(rule), range(4))
 
 
 @pytest.mark.parametrize("settings", [{"recompute": True}, {"chunk_size": 3}], ids=str)

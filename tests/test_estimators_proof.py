@@ -59,7 +59,7 @@ def check_against_finite_differences(work, settings, num_truncations=3):
 def test_second_order_equals_finite_differences(family_name, rule_name, recompute):
     # Horizon 7, truncation 5: the meta-loss includes episodes that end inside the truncation.
     work = workload(rules.get(rule_name), FAMILIES[family_name], truncation=5, horizon=7, run_seed=2)
-    if work.rule.basis and any(map(work.rule.basis.sides, work.batched.shapes)):
+    if work.rule.turns(work.batched.shapes):
         pytest.skip("there is no second order through a basis")
     check_against_finite_differences(work, {"order": 2, "recompute": recompute})
 
@@ -222,7 +222,7 @@ def test_every_estimator_runs_every_rule_on_every_family(kind, rule_name, family
     rule = rules.get(rule_name)
     theta = theta_of(rule)
     work = workload(rule, FAMILIES[family_name], truncation=3, horizon=5)
-    if kind == "imitation" and rule.basis and any(map(rule.basis.sides, work.batched.shapes)):
+    if kind == "imitation" and rule.turns(work.batched.shapes):
         pytest.skip("there is no imitation in a basis")
     ids = range(8)
     estimator = estimators.get(kind)

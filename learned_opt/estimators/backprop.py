@@ -72,8 +72,7 @@ class TruncatedBackprop(Estimator):
             ValueError: order 2 with a rule that takes matrices in a basis, on a loss without second derivative, or on
                 delayed gradients.
         """
-        basis = work.rule.basis
-        if self.order == 2 and basis is not None and any(map(basis.sides, work.batched.shapes)):
+        if self.order == 2 and work.rule.turns(work.batched.shapes):
             raise ValueError(
                 f"order=2 cannot differentiate through the bases that rule {work.rule.kind!r} takes matrices in; "
                 "use order=1, an evolution strategy (es, pes, nres), or a rule without (basis=0)"
@@ -101,7 +100,7 @@ class TruncatedBackprop(Estimator):
         if self.recompute:
             value, grads, segment = self._in_blocks(work, theta, state)
         else:
-            by_replay = self.order == 1 and work.rule.basis is None
+            by_replay = self.order == 1 and not work.rule.turns(work.batched.shapes)
             segment = self._unroll(work, theta, state, work.truncation, "gradients" if by_replay else "stages")
             value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid, work.ranks.sum)
             grads = (self._replay if by_replay else self._step_by_step)(work, theta, segment, weights)
@@ -265,7 +264,7 @@ class TruncatedBackprop(Estimator):
             columns_valid = valid.repeat_interleave(batched.num_parameters)
             state = {name: torch.where(columns_valid, value, 0.0) for name, value in state.items()}
         grads, d_update = cleaned(stage.grads, valid), d_params
-        if stage.turns is not None and stage.turns.turns:
+        if stage.turns is not None:
             # What is linear in the gradients is as constant as they are: no derivative follows it through the turn.
             d_state |= {name: torch.zeros_like(state[name]) for name in work.rule.linear_state}
             grads, d_update = stage.turns.gradients(grads), stage.turns.into(d_update)

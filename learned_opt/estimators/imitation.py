@@ -113,13 +113,14 @@ class Imitation(Estimator):
         """Particles at the start of their first episode.
 
         Raises:
-            ValueError: a rule that takes matrices in a basis, on tasks that have some.
+            ValueError: a rule or a teacher that takes matrices in a basis, on tasks that have some.
         """
-        if work.rule.basis is not None and any(map(work.rule.basis.sides, work.batched.shapes)):
-            raise ValueError(
-                f"imitation compares updates coordinate by coordinate, and rule {work.rule.kind!r} takes matrices in a "
-                "basis of its own; use another estimator, or a rule without (basis=0)"
-            )
+        for who, rule in (("rule", work.rule), ("teacher", self.teacher)):
+            if rule.turns(work.batched.shapes):
+                raise ValueError(
+                    f"imitation compares updates coordinate by coordinate, and {who} {rule.kind!r} takes matrices in a "
+                    f"basis of its own; use another estimator, or a {who} without (basis=0)"
+                )
         chosen = [i for i in ids if self.imitates(i)]
         rest = [i for i in ids if not self.imitates(i)]
         inner = self.inner.init(work, theta, rest) if rest else None

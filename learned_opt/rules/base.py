@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -66,6 +66,10 @@ class UpdateRule(ABC):
     num_context: int = 0
     basis: Basis | None = None
     linear_state: ClassVar[tuple[str, ...]] = ()
+
+    def turns(self, shapes: Sequence[Sequence[int]]) -> bool:
+        """Whether any tensor of these shapes is taken in a basis."""
+        return self.basis is not None and any(map(self.basis.sides, shapes))
 
     @abstractmethod
     def init_theta(self, generator: torch.Generator) -> Tensors:
