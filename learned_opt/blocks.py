@@ -17,6 +17,8 @@ import torch
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a sharded tensor (DTensor), or the tensor itself."""
+    if type(tensor) is torch.Tensor:  # the most frequent, and asking it for what it has not is slow
+        return tensor
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -44,17 +46,21 @@ class Block:
         for state, old, columns in zip(states, parts, self.rows.split(self.sizes, 1)):
             for key, part, row in zip(keys, old, columns.unbind(0)):
                 state[key] = _as_sharded(row.view(part.shape).copy_(part), state[key])
-        self._addresses = [self._addresses_of(state, keys) for state in states]
-
-    @staticmethod
-    def _addresses_of(state: dict[str, Any], keys: Sequence[str]) -> list[int]:
-        return [local(state[key]).data_ptr() for key in keys]
+        self.keys = list(keys)
+        self._views = [[(key, state[key], local(state[key]).data_ptr()) for key in keys] for state in states]
+        self.kept: Any = None  # what a user of the rows makes of them, once
 
     def holds(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], keys: Sequence[str]) -> bool:
         """Whether these parameters' state tensors are still the views of this block that they were made."""
-        return all(ref() is param for ref, param in zip(self.params, params)) and all(
-            self._addresses_of(state, keys) == addresses for state, addresses in zip(states, self._addresses)
-        )
+        if self.keys != keys or not all(ref() is param for ref, param in zip(self.params, params)):
+            return False
+        for state, views in zip(states, self._views):
+            for key, view, address in views:
+                # An address alone may have been given to another tensor; a tensor may have been given other memory.
+                kept: torch.Tensor = view
+                if state.get(key) is not kept or local(kept).data_ptr() != address:
+                    return False
+        return True
 
 
 class Blocks:

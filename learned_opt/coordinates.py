@@ -18,10 +18,18 @@ from typing import Any
 import torch
 
 from learned_opt.blocks import Blocks, local
-from learned_opt.parameter_context import Sums, add_over_ranks, add_sums, context_of_block, summed_at_once
+from learned_opt.parameter_context import (
+    Sums,
+    add_over_ranks,
+    add_sums,
+    context_of_block,
+    piece_size,
+    summed_at_once,
+)
 from learned_opt.rules import fused
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.context import Context, TensorLayout
+from learned_opt.rules.context import context as context_of
 from learned_opt.rules.inplace import Scratch, update_
 from learned_opt.rules.lstm import LSTMRule
 from learned_opt.task import Tensors
@@ -150,6 +158,11 @@ class Chunk:
     owners: list[torch.Tensor]
     updates: list[torch.Tensor]
 
+    def is_small(self, size: int, device_type: str) -> bool:
+        """Whether `cut` leaves it as it is, and the sums over each of its parameters are taken in one piece."""
+        longest = max((len(param) for param in self.params), default=0)
+        return self.rows.shape[1] <= size and longest <= piece_size(device_type)
+
     def cut(self, size: int) -> list[Chunk]:
         """The same coordinates, at most `size` at a time if they are of one parameter."""
         if len(self.params) > 1 or self.rows.shape[1] <= size:
@@ -160,6 +173,13 @@ class Chunk:
             Chunk(rows, [param], [grad], self.steps, self.owners, update)
             for rows, param, grad, update in zip(self.rows.split(size, 1), params, grads, updates)
         ]
+
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tensors]
+"""Gradients and parameters [n], the state's rows [num_rows, n], and the rule's state, views of the rows."""
+
+Do = Callable[[Chunk, Inputs | None, Context | None], None]
+"""What is done with a chunk: its inputs may be there already, and there may be a context."""
 
 
 def plan(entries: Sequence[Entry], chunk_size: int) -> Iterator[list[Entry]]:
@@ -199,6 +219,7 @@ class Program:
         dtype: what is computed in.
         rates: what is done with the updates.
         chunk_size: coordinates at a time; what is computed does not depend on it.
+        prepared: what `inplace.prepare` has made of theta; may be empty.
         sharded: the parameters of which this process holds a part, also an empty one, in an order that all share.
         elsewhere: those of them of which it holds an empty part.
     """
@@ -209,6 +230,7 @@ class Program:
     dtype: torch.dtype
     rates: Rates
     chunk_size: int
+    prepared: Scratch = dataclasses.field(default_factory=dict)
     sharded: Sequence[torch.Tensor] = ()
     elsewhere: Sequence[Entry] = ()
 
@@ -231,14 +253,22 @@ class Program:
         self._run(lambda: self._proposer(num_frozen), work)
         return sum(num_frozen)
 
-    def _run(self, make: Callable[[], Callable[[Chunk, Context | None], None]], work: Sequence[Chunk]) -> None:
+    def _run(self, make: Callable[[], Do], work: Sequence[Chunk]) -> None:
         # One chunk after another: torch's own threads share each operation. Threads that each own chunks were slower,
         # since they hand the interpreter's lock back and forth at every operation.
         with torch.autocast(self.device_type, enabled=False):
-            contexts, do = self._contexts(work, self.device_type), make()
-            for block, context in zip(work, contexts):
+            do = make()
+            if len(work) == 1 and not self.sharded and work[0].is_small(self.chunk_size, self.device_type):
+                inputs = self._inputs(work[0])
+                context = None
+                if self.rule.num_context:
+                    sizes = tuple(len(param) for param in work[0].params)
+                    context = context_of(self.rule, inputs[0], inputs[3], TensorLayout(sizes))
+                do(work[0], inputs, context)
+                return
+            for block, context in zip(work, self._contexts(work, self.device_type)):
                 for chunk in block.cut(self.chunk_size):
-                    do(chunk, context)
+                    do(chunk, None, context)
 
     def _contexts(self, work: Sequence[Chunk], device: str) -> Sequence[Context | None]:
         """What the rule is told of the tensors of every block."""
@@ -259,22 +289,22 @@ class Program:
         state = self.rule.init_state(1, dtype=like.dtype, device=like.device)
         return self.rule.context_sums(like.new_zeros(1), state, TensorLayout((1,)))[:, 0]
 
-    def _inputs(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tensors]:
+    def _inputs(self, chunk: Chunk) -> Inputs:
         """Gradients and parameters [n], the state's rows [num_rows, n], and the rule's state, views of the rows."""
         grads, params = _gather(chunk.grads, self.dtype), _gather(chunk.params, self.dtype)
         rows = chunk.rows.to(self.dtype)
         state = self.layout.to_rule(rows, _step_counts(chunk, self.layout, grads))
         return -grads if self.rates.maximize else grads, params, rows, state
 
-    def _stepper(self) -> Callable[[Chunk, Context | None], None]:
-        scratch: Scratch = {}
+    def _stepper(self) -> Do:
+        scratch = {**self.prepared}
         lr, keep = self.rates.lr, 1 - self.rates.lr * self.rates.weight_decay
         fused_step = self._fused_stepper(fused.Factors(lr, keep, self.rates.maximize))
 
-        def step(chunk: Chunk, context: Context | None) -> None:
+        def step(chunk: Chunk, inputs: Inputs | None, context: Context | None) -> None:
             if fused_step is not None and fused_step(chunk):
                 return
-            grads, params, rows, state = self._inputs(chunk)
+            grads, params, rows, state = inputs or self._inputs(chunk)
             update = update_(self.rule, self.theta, grads, params, state, scratch, context)
             if rows is not chunk.rows:
                 chunk.rows.copy_(rows)
@@ -307,11 +337,11 @@ class Program:
 
         return step
 
-    def _proposer(self, num_frozen: list[int]) -> Callable[[Chunk, Context | None], None]:
-        scratch: Scratch = {}
+    def _proposer(self, num_frozen: list[int]) -> Do:
+        scratch = {**self.prepared}
 
-        def propose(chunk: Chunk, context: Context | None) -> None:
-            grads, params, rows, state = self._inputs(chunk)
+        def propose(chunk: Chunk, inputs: Inputs | None, context: Context | None) -> None:
+            grads, params, rows, state = inputs or self._inputs(chunk)
             # From finite gradients and a finite state an LSTM gets to a finite state: its gates are bounded.
             bounded = isinstance(self.rule, LSTMRule)
             old_rows = chunk.rows.clone() if rows is chunk.rows and not bounded else chunk.rows

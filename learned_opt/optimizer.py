@@ -41,6 +41,7 @@ from learned_opt.coordinates import (
 )
 from learned_opt.guard import GuardConfig, Watch
 from learned_opt.optimizer_checks import check_group, check_param, check_settings, number_of
+from learned_opt.rules.inplace import Scratch, prepare
 from learned_opt.task import Tensors
 
 Weights = str | os.PathLike[str] | Artifact
@@ -98,6 +99,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _forget_caches(self) -> None:
         self._layouts: dict[str, StateLayout] = {}
         self._thetas: dict[str, Tensors] = {}
+        self._prepared: dict[str, Scratch] = {}
         self._blocks, self._bases = Blocks(), Blocks()
         self._incoming: dict[Any, Any] | None = None
 
@@ -176,7 +178,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._theta(group, param.device, compute_dtype(param))
             params.append(param)
             grads.append(param.grad)
-            rows.extend(state[key] for key in self._state_dtypes(group, param))
+            if unpack:
+                rows.extend(state[key] for key in self._state_dtypes(group, param))
             steps.append(state[STEP])
 
     def _state_dtypes(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, torch.dtype]:
@@ -259,9 +262,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         out = []
         for (device, dtype), entries in buckets.items():
             size = self.chunk_size or default_chunk_size(len(layout.keys), device.type)
-            theta = self._theta(group, device, dtype)
+            theta, key = self._theta(group, device, dtype), f"{group['weights']} {device} {dtype}"
+            if key not in self._prepared:
+                self._prepared[key] = prepare(rule, theta)
             others = sharded[device, dtype], elsewhere[device, dtype]
-            out.append((entries, Program(rule, layout, theta, dtype, rates, size, *others)))
+            out.append((entries, Program(rule, layout, theta, dtype, rates, size, self._prepared[key], *others)))
         return out
 
     def _step_guarded(self, work: Sequence[Any], loss: float | torch.Tensor | None) -> None:

@@ -11,6 +11,7 @@ same, and keeps its own part. A process that has nothing of a parameter takes pa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from learned_opt.blocks import Blocks, local
 from learned_opt.coordinates import Entry, Program, whole_blocks
 from learned_opt.rules.base import UpdateRule
-from learned_opt.rules.basis import Sides, Turn, observe, refresh, turn_of, without_noise
+from learned_opt.rules.basis import Sides, Turn, observe, refresh, turn_of
 from learned_opt.task import Tensors
 
 KEY = "basis"
@@ -29,8 +30,12 @@ KEY = "basis"
 def keys_of(rule: UpdateRule, param: torch.Tensor) -> list[str]:
     """The names of the state that holds a parameter's basis; none where it has no basis."""
     sides = rule.basis.sides(param.shape) if rule.basis else None
-    if sides is None:
-        return []
+    return (_keys.__wrapped__ if torch.compiler.is_compiling() else _keys)(sides) if sides else []
+
+
+@functools.lru_cache(maxsize=1024)
+def _keys(sides: Sides) -> list[str]:
+    """The names of the state that holds the basis of such a matrix."""
     count = sum(math.prod(shape) for shape in sides.shapes.values())
     return [f"{KEY}.{k}" for k in range(-(-count // (sides.rows * sides.columns)))]
 
@@ -128,10 +133,13 @@ def _begin(program: Program, entries: Sequence[Entry], bases: Blocks) -> tuple[S
 def _begin_one(program: Program, entry: Entry, sides: Sides, bases: Blocks) -> Turning:
     rule, param, dtype = program.rule, entry.key, program.dtype
     assert rule.basis is not None
-    keys = keys_of(rule, param)
+    keys = _keys(sides)
     block = bases.of([param], [entry.state], keys)
     is_sharded = hasattr(param, "placements")
-    own = unpacked(sides, gathered_rows(block.rows, param))  # the state itself, unless it is sharded
+    if is_sharded:
+        own = unpacked(sides, gathered_rows(block.rows, param))
+    else:
+        own = block.kept = block.kept or unpacked(sides, block.rows)  # the state itself
     grad = sides.as_matrices(gathered(entry.grad.to(dtype), param))
     observe(rule.basis, sides, own, grad, overwrite=True)
     turn = turn_of(own)
@@ -144,7 +152,7 @@ def _begin_one(program: Program, entry: Entry, sides: Sides, bases: Blocks) -> T
     if is_sharded:
         for row, whole in zip(block.rows, packed(sides, own, len(keys))):
             row.copy_(own_part(whole, param))
-    turned = own_part(without_noise(turn.into(grad)).reshape(-1), param)
+    turned = own_part(turn.gradients(grad).reshape(-1), param)
     nothing = torch.zeros_like(turned)
     update = None if entry.update is None else torch.empty_like(turned)
     given = dataclasses.replace(entry, param=nothing, grad=turned, update=update)

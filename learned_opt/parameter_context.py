@@ -29,7 +29,12 @@ _PIECE_ELSEWHERE = 2**20  # few large launches
 
 def summed_at_once(device_type: str) -> int:
     """Coordinates of a large parameter to be given to `add_sums` at a time: a number of whole pieces."""
-    return 4 * _PIECE[device_type] if device_type in _PIECE else _PIECE_ELSEWHERE
+    return 4 * piece_size(device_type) if device_type in _PIECE else _PIECE_ELSEWHERE
+
+
+def piece_size(device_type: str) -> int:
+    """The coordinates of a piece: what is no longer than that is summed at once."""
+    return _PIECE.get(device_type, _PIECE_ELSEWHERE)
 
 
 def add_sums(sums: Sums, rule: UpdateRule, chunk: Chunk, grads: torch.Tensor, state: Tensors) -> None:
@@ -42,7 +47,7 @@ def add_sums(sums: Sums, rule: UpdateRule, chunk: Chunk, grads: torch.Tensor, st
         grads: [n], of the chunk.
         state: rule state before the step, tensors [..., n].
     """
-    size = _PIECE.get(grads.device.type, _PIECE_ELSEWHERE)
+    size = piece_size(grads.device.type)
     owners, sizes = [], []
     for owner, param in zip(chunk.owners, chunk.params):
         cuts = [*range(0, param.numel(), size), param.numel()]

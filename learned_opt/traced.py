@@ -9,7 +9,7 @@ import torch
 from learned_opt import parameter_basis
 from learned_opt.coordinates import StateLayout
 from learned_opt.rules.base import UpdateRule
-from learned_opt.rules.basis import Sides, Turn, observe, refresh, turn_of, without_noise
+from learned_opt.rules.basis import Sides, Turn, observe, refresh, turn_of
 from learned_opt.rules.context import TensorLayout
 from learned_opt.task import Tensors
 
@@ -47,7 +47,7 @@ def step_param(
     with torch.autocast(param.device.type, enabled=False):
         if sides is not None:
             turn, before, basis = _turned(rule, sides, layout, before, old[num_rows:], flat_grad, count)
-            flat_grad, new_basis = without_noise(turn.into(sides.as_matrices(flat_grad))).reshape(-1), [basis]
+            flat_grad, new_basis = turn.gradients(sides.as_matrices(flat_grad)).reshape(-1), [basis]
         state = layout.to_rule(before, count if layout.has_step else None)
         seen = -flat_grad if maximize else flat_grad
         told: tuple[torch.Tensor, ...] = ()

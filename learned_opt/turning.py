@@ -13,7 +13,7 @@ import torch
 
 from learned_opt.particles import Particles, as_particles
 from learned_opt.rules.base import UpdateRule
-from learned_opt.rules.basis import Sides, Turn, observe, refresh, turn_of, without_noise
+from learned_opt.rules.basis import Sides, Turn, observe, refresh, turn_of
 from learned_opt.task import Tensors
 
 
@@ -41,7 +41,7 @@ class Turns:
 
     def gradients(self, grads: torch.Tensor) -> torch.Tensor:
         """Gradients [P, D] in these bases, without what is rounding."""
-        return self._each(grads, lambda turn, matrices: without_noise(turn.into(matrices)))
+        return self._each(grads, Turn.gradients)
 
     def of(self, columns: torch.Tensor) -> Turns:
         """Those of the particles in these columns."""

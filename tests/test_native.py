@@ -17,6 +17,7 @@ from learned_opt.meta_loss import MetaLoss
 from learned_opt.particles import EpisodePlan
 from learned_opt.rules import UpdateRule, build, native, slice_coordinates
 from learned_opt.rules.context import TensorLayout, context
+from learned_opt.rules.features import agreement
 from learned_opt.rules.inplace import stepper, update_
 from learned_opt.truncation import HorizonSchedule
 from tasks.quadratic import Quadratic
@@ -496,6 +497,17 @@ def test_sums_over_tensors():
     whole[20:24], state["m"][:, 20:24] = 0.0, 0.0
     assert spoiled.isfinite().all()
     torch.testing.assert_close(spoiled, context(rule, whole, state, layout).values, rtol=1e-4, atol=1e-5)
+
+
+def test_agreement_is_what_it_is_in_torch():
+    rule = rules.get("paced")
+    terms = torch.randn(8, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = torch.cat([(terms[:4] ** 2), terms[4:]]).sum(-1)
+    sums[:, 2], sums[1, 3], sums[0, 4] = 0, float("nan"), 1e-300
+    want, kernel = agreement(sums), native.kernel(rule.native_shape)
+    torch.testing.assert_close(kernel.agreement(sums), want, rtol=1e-14, atol=0)
+    assert rule.context_of(sums).equal(kernel.agreement(sums)) and (want[:, 2] == 0).all()
+    assert rule.context_of(sums.requires_grad_()).requires_grad
 
 
 def test_threads_and_neighbours_change_no_bit_of_the_sums():

@@ -340,6 +340,22 @@ def test_block_packs_what_it_is_given():
     assert block.holds(params, states, ["a", "b"]) and not block.holds(params[::-1], states[::-1], ["a", "b"])
 
 
+def test_block_knows_state_that_was_replaced():
+    params = [torch.zeros(2, 2), torch.zeros(3)]
+    states = [{key: torch.ones_like(param) for key in "ab"} for param in params]
+    block = Block(params, states, ["a", "b"])
+    assert not block.holds(params, states, ["a"])
+    view = states[1]["b"]
+    states[1]["b"] = view.clone()
+    assert not block.holds(params, states, ["a", "b"])
+    states[1]["b"] = view
+    assert block.holds(params, states, ["a", "b"])
+    view.data = torch.ones(3)
+    assert not block.holds(params, states, ["a", "b"])
+    states[1].pop("b")
+    assert not block.holds(params, states, ["a", "b"])
+
+
 def test_default_chunk_size_shrinks_with_the_rule():
     sizes = [default_chunk_size(rules.get(name).rows_per_coordinate) for name in ("adam", "compact", "rnnprop")]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] <= 65536 and sizes[-1] >= 1024

@@ -14,7 +14,8 @@ remembers linearly of gradients (`UpdateRule.linear_state`) turns along.
 
 A tensor of more than two dimensions is the matrix [first, all others]. What has a single row or column stays as it is,
 and so do the sides of a matrix that are longer than `Basis.longest`. Functions here work on many matrices of one shape
-at once, [..., rows, columns].
+at once, [..., rows, columns]; on a CPU with a C++ compiler, small ones of float32 go through a kernel of their own
+(`learned_opt.rules.basis_native`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 
 import torch
 
+from learned_opt.rules import basis_native
 from learned_opt.task import Tensors
 
 SIDES = ("left", "right")
@@ -123,12 +125,22 @@ class Turn:
 
     def into(self, matrices: torch.Tensor) -> torch.Tensor:
         """[..., rows, columns] in this basis: UᵀGV."""
+        if basis_native.usable(matrices, self.left, self.right):
+            return basis_native.turn(matrices, self.left, self.right, back=False)
         if self.left is not None:
             matrices = self.left.mT @ matrices
         return matrices if self.right is None else matrices @ self.right
 
+    def gradients(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Gradients [..., rows, columns] in this basis, without what is rounding."""
+        if basis_native.usable(matrices, self.left, self.right):
+            return basis_native.turn(matrices, self.left, self.right, back=False, cleaned=True)
+        return without_noise(self.into(matrices))
+
     def back(self, matrices: torch.Tensor) -> torch.Tensor:
         """What has these coordinates in this basis: U·D·Vᵀ."""
+        if basis_native.usable(matrices, self.left, self.right):
+            return basis_native.turn(matrices, self.left, self.right, back=True)
         if self.left is not None:
             matrices = self.left @ matrices
         return matrices if self.right is None else matrices @ self.right.mT
@@ -165,6 +177,11 @@ def observe(basis: Basis, sides: Sides, state: Tensors, matrices: torch.Tensor, 
     Returns:
         The averages by name.
     """
+    names = [f"{side}.average" for side in SIDES]
+    left, right = (state.get(name) for name in names)
+    if basis_native.usable(matrices, left, right):
+        found = basis_native.observe(matrices, left, right, basis.decay, _LARGE, overwrite)
+        return {name: value for name, value in zip(names, found) if value is not None}
     sound = torch.where(matrices.abs() < _LARGE, matrices, 0.0)
     product = torch.addmm if matrices.dim() == 2 else torch.baddbmm
     out: Tensors = {}
@@ -190,6 +207,11 @@ def refresh(sides: Sides, state: Tensors, first: torch.Tensor | bool) -> Tensors
     out: Tensors = {}
     for side, size in sides.turned:
         average, vectors = state[f"{side}.average"], state[f"{side}.vectors"]
+        if basis_native.usable(average, vectors):
+            sets = average.numel() // size**2
+            fresh = first.expand(sets, 1, 1).flatten().tolist() if isinstance(first, torch.Tensor) else [first] * sets
+            out[f"{side}.vectors"] = basis_native.refresh(average, vectors, fresh, _SHIFT)
+            continue
         one = torch.eye(size, dtype=average.dtype, device=average.device)
         if isinstance(first, torch.Tensor):
             vectors = torch.where(first, one, vectors)

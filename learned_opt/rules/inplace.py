@@ -96,6 +96,14 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
     return torch_step
 
 
+def prepare(rule: UpdateRule, theta: Tensors) -> Scratch:
+    """What a scratch may begin with, for this theta on any thread: weights as the kernel reads them, if it is used."""
+    kernel = rule.native_kernel(theta) if isinstance(rule, CompiledRule) else None
+    return (
+        {"packed": kernel.pack(native.flatten(theta, rule.names))} if kernel and isinstance(rule, CompiledRule) else {}
+    )
+
+
 def update_(
     rule: UpdateRule,
     theta: Tensors,

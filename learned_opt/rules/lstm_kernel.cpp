@@ -959,6 +959,17 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, d
   }
 }
 
+// See `features.agreement`: from those sums to how well they agree, [4, tensors].
+void lstm_agreement(const double* sums, long tensors, double* out) {
+  constexpr int ONE[4] = {0, 0, 0, 1}, OTHER[4] = {1, 2, 3, 3};
+  for (int k = 0; k < 4; ++k)
+    for (long s = 0; s < tensors; ++s) {
+      const double square = sums[ONE[k] * tensors + s] * sums[OTHER[k] * tensors + s];
+      const double sharp = square > 0.0 ? 10.0 * (sums[(4 + k) * tensors + s] / std::sqrt(square)) : 0.0;
+      out[k * tensors + s] = sharp / (1.0 + std::fabs(sharp));
+    }
+}
+
 // Back through `steps` steps of n coordinates with one theta. Row t of grads and cotangents starts t * ld floats further
 // on; state rows are state_ld apart. With `summed` the cotangent of an update is the sum of its row and all later
 // ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.

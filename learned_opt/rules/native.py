@@ -96,9 +96,9 @@ def enabled() -> bool:
     return os.environ.get("LEARNED_OPT_NATIVE", "1") != "0"
 
 
-def usable(*tensors: torch.Tensor) -> bool:
-    """Whether the kernel can work on these: plain float32 tensors on the CPU."""
-    return enabled() and all(type(t) is torch.Tensor and t.is_cpu and t.dtype == torch.float32 for t in tensors)
+def usable(*tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernel can work on these: plain tensors of this dtype on the CPU."""
+    return all(type(t) is torch.Tensor and t.is_cpu and t.dtype == dtype for t in tensors) and enabled()
 
 
 def kernel(shape: Shape) -> LSTMKernel | None:
@@ -131,6 +131,7 @@ class LSTMKernel:
         calls.declare(library)
         self._step, self._backward, self._pack = library.lstm_step, library.lstm_backward, library.lstm_pack
         self._context, self._normalized_back = library.lstm_context, library.lstm_normalized_back
+        self._agreement = library.lstm_agreement
         self.weights_size = int(library.lstm_weights_size())
         self.theta_size = int(library.lstm_theta_size())
 
@@ -320,6 +321,12 @@ class LSTMKernel:
             *(bounds.data_ptr(), len(bounds) - 1, sums.data_ptr(), calls.threads()),
         )
         return sums
+
+    def agreement(self, sums: torch.Tensor) -> torch.Tensor:
+        """`features.agreement` of such sums, float64 [8, tensors] on the CPU: float64 [4, tensors]."""
+        out = sums.new_empty(4, sums.shape[1])
+        self._agreement(sums.contiguous().data_ptr(), sums.shape[1], out.data_ptr())
+        return out
 
     def _run(
         self,

@@ -31,11 +31,12 @@ def declare(library: ctypes.CDLL) -> None:
     ]
     library.lstm_pack.argtypes = [pointer, long, pointer]
     library.lstm_context.argtypes = [*three, long, ctypes.c_double, pointer, long, pointer, integer]
+    library.lstm_agreement.argtypes = [pointer, long, pointer]
     library.lstm_normalized_back.argtypes = [
         *(pointer, pointer, pointer, pointer, ctypes.c_double, real, long),
         *(pointer, pointer, pointer, pointer, pointer, integer),
     ]
-    for returns_nothing in ("step", "pack", "context", "normalized_back"):
+    for returns_nothing in ("step", "pack", "context", "agreement", "normalized_back"):
         getattr(library, f"lstm_{returns_nothing}").restype = None
     library.lstm_weights_size.restype = long
 
