@@ -211,7 +211,7 @@ def whole_blocks(entries: Sequence[Entry], blocks: Blocks, keys: Sequence[str], 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """An update rule ready to run on chunks of one device.
+    """An update rule ready to run on chunks of one device, outside of autocast.
 
     Attributes:
         rule, layout: the rule and the rows of its state.
@@ -256,19 +256,17 @@ class Program:
     def _run(self, make: Callable[[], Do], work: Sequence[Chunk]) -> None:
         # One chunk after another: torch's own threads share each operation. Threads that each own chunks were slower,
         # since they hand the interpreter's lock back and forth at every operation.
-        with torch.autocast(self.device_type, enabled=False):
-            do = make()
-            if len(work) == 1 and not self.sharded and work[0].is_small(self.chunk_size, self.device_type):
-                inputs = self._inputs(work[0])
-                context = None
-                if self.rule.num_context:
-                    sizes = tuple(len(param) for param in work[0].params)
-                    context = context_of(self.rule, inputs[0], inputs[3], TensorLayout(sizes))
-                do(work[0], inputs, context)
+        do = make()
+        if self.rule.num_context and len(work) == 1 and not self.sharded:
+            (block,) = work
+            if block.is_small(self.chunk_size, self.device_type):  # what is gathered for the context serves the step
+                inputs = self._inputs(block)
+                sizes = tuple(len(param) for param in block.params)
+                do(block, inputs, context_of(self.rule, inputs[0], inputs[3], TensorLayout(sizes)))
                 return
-            for block, context in zip(work, self._contexts(work, self.device_type)):
-                for chunk in block.cut(self.chunk_size):
-                    do(chunk, None, context)
+        for block, context in zip(work, self._contexts(work, self.device_type)):
+            for chunk in block.cut(self.chunk_size):
+                do(chunk, None, context)
 
     def _contexts(self, work: Sequence[Chunk], device: str) -> Sequence[Context | None]:
         """What the rule is told of the tensors of every block."""

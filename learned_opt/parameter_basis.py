@@ -161,11 +161,13 @@ def _begin_one(program: Program, entry: Entry, sides: Sides, bases: Blocks) -> T
 
 def _turn_state(program: Program, entry: Entry, sides: Sides, change: Turn) -> None:
     """Turn what the parameter's state holds that is linear in gradients."""
-    for key, is_linear in zip(program.layout.keys, program.layout.linear):
-        if is_linear:
-            here = local(entry.state[key])
-            whole = sides.as_matrices(gathered(here.reshape(-1).to(program.dtype), entry.key))
-            here.copy_(own_part(change.into(whole).reshape(-1), entry.key).view(here.shape))
+    linear = [key for key, is_linear in zip(program.layout.keys, program.layout.linear) if is_linear]
+    if not linear:
+        return
+    here = [local(entry.state[key]).view(-1) for key in linear]
+    whole = torch.stack([gathered(row.to(program.dtype), entry.key) for row in here])
+    turned = change.into(sides.as_matrices(whole)).flatten(-2)
+    torch._foreach_copy_(here, [own_part(row, entry.key) for row in turned.unbind(0)])
 
 
 def gathered_rows(rows: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
