@@ -46,19 +46,22 @@ class Block:
         for state, old, columns in zip(states, parts, self.rows.split(self.sizes, 1)):
             for key, part, row in zip(keys, old, columns.unbind(0)):
                 state[key] = _as_sharded(row.view(part.shape).copy_(part), state[key])
-        self.keys = list(keys)
-        self._views = [[(key, state[key], local(state[key]).data_ptr()) for key in keys] for state in states]
+        self._keys = tuple(keys)
+        self._views: list[list[tuple[str, torch.Tensor, int]]] = [
+            [(key, state[key], local(state[key]).data_ptr()) for key in keys] for state in states
+        ]
         self.kept: Any = None  # what a user of the rows makes of them, once
 
     def holds(self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], keys: Sequence[str]) -> bool:
         """Whether these parameters' state tensors are still the views of this block that they were made."""
-        if self.keys != keys or not all(ref() is param for ref, param in zip(self.params, params)):
+        if self._keys != tuple(keys) or not all(ref() is param for ref, param in zip(self.params, params)):
             return False
         for state, views in zip(states, self._views):
             for key, view, address in views:
                 # An address alone may have been given to another tensor; a tensor may have been given other memory.
-                kept: torch.Tensor = view
-                if state.get(key) is not kept or local(kept).data_ptr() != address:
+                if state.get(key) is not view:
+                    return False
+                if local(view).data_ptr() != address:
                     return False
         return True
 

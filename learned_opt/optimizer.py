@@ -99,7 +99,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
     def _forget_caches(self) -> None:
         self._layouts: dict[str, StateLayout] = {}
         self._thetas: dict[str, Tensors] = {}
-        self._prepared: dict[str, Scratch] = {}
+        self._prepared: dict[int, Scratch] = {}  # by the id of one of these thetas
         self._blocks, self._bases = Blocks(), Blocks()
         self._incoming: dict[Any, Any] | None = None
 
@@ -159,13 +159,13 @@ class LearnedOptimizer(torch.optim.Optimizer):
         grads: list[torch.Tensor],
         rows: list[torch.Tensor],
         steps: list[torch.Tensor],
-        unpack: bool,
+        compiling: bool,
     ) -> None:
         """Collect the group's parameters that have a gradient, with their state, made on first sight.
 
-        `torch.compile` runs this while it traces, and reads the lists; it needs tensors that share no memory.
+        `torch.compile` runs this while it traces, and reads the lists: it alone needs rows, which share no memory.
         """
-        if unpack:
+        if compiling:
             self._unpack()
         for param in group["params"]:
             if param.grad is None:
@@ -178,7 +178,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             self._theta(group, param.device, compute_dtype(param))
             params.append(param)
             grads.append(param.grad)
-            if unpack:
+            if compiling:
                 rows.extend(state[key] for key in self._state_dtypes(group, param))
             steps.append(state[STEP])
 
@@ -262,11 +262,11 @@ class LearnedOptimizer(torch.optim.Optimizer):
         out = []
         for (device, dtype), entries in buckets.items():
             size = self.chunk_size or default_chunk_size(len(layout.keys), device.type)
-            theta, key = self._theta(group, device, dtype), f"{group['weights']} {device} {dtype}"
-            if key not in self._prepared:
-                self._prepared[key] = prepare(rule, theta)
+            theta = self._theta(group, device, dtype)
+            if id(theta) not in self._prepared:
+                self._prepared[id(theta)] = prepare(rule, theta)
             others = sharded[device, dtype], elsewhere[device, dtype]
-            out.append((entries, Program(rule, layout, theta, dtype, rates, size, self._prepared[key], *others)))
+            out.append((entries, Program(rule, layout, theta, dtype, rates, size, self._prepared[id(theta)], *others)))
         return out
 
     def _step_guarded(self, work: Sequence[Any], loss: float | torch.Tensor | None) -> None:

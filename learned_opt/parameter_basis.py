@@ -27,17 +27,19 @@ from learned_opt.task import Tensors
 KEY = "basis"
 
 
-def keys_of(rule: UpdateRule, param: torch.Tensor) -> list[str]:
+def keys_of(rule: UpdateRule, param: torch.Tensor) -> tuple[str, ...]:
     """The names of the state that holds a parameter's basis; none where it has no basis."""
     sides = rule.basis.sides(param.shape) if rule.basis else None
-    return (_keys.__wrapped__ if torch.compiler.is_compiling() else _keys)(sides) if sides else []
+    if sides is None:
+        return ()
+    return _keys.__wrapped__(sides) if torch.compiler.is_compiling() else _keys(sides)  # it does not look into caches
 
 
 @functools.lru_cache(maxsize=1024)
-def _keys(sides: Sides) -> list[str]:
+def _keys(sides: Sides) -> tuple[str, ...]:
     """The names of the state that holds the basis of such a matrix."""
     count = sum(math.prod(shape) for shape in sides.shapes.values())
-    return [f"{KEY}.{k}" for k in range(-(-count // (sides.rows * sides.columns)))]
+    return tuple(f"{KEY}.{k}" for k in range(-(-count // (sides.rows * sides.columns))))
 
 
 def unpacked(sides: Sides, rows: torch.Tensor) -> Tensors:
@@ -164,10 +166,10 @@ def _turn_state(program: Program, entry: Entry, sides: Sides, change: Turn) -> N
     linear = [key for key, is_linear in zip(program.layout.keys, program.layout.linear) if is_linear]
     if not linear:
         return
-    here = [local(entry.state[key]).view(-1) for key in linear]
-    whole = torch.stack([gathered(row.to(program.dtype), entry.key) for row in here])
+    here = [local(entry.state[key]) for key in linear]
+    whole = torch.stack([gathered(row.reshape(-1).to(program.dtype), entry.key) for row in here])
     turned = change.into(sides.as_matrices(whole)).flatten(-2)
-    torch._foreach_copy_(here, [own_part(row, entry.key) for row in turned.unbind(0)])
+    torch._foreach_copy_(here, [own_part(new, entry.key).view(row.shape) for row, new in zip(here, turned.unbind(0))])
 
 
 def gathered_rows(rows: torch.Tensor, param: torch.Tensor) -> torch.Tensor:

@@ -120,17 +120,17 @@ void turn(const float* x, long rows, long columns, const float* left, const floa
 
 // See `without_noise`: a largest number that is none leaves all as it is.
 void clean(float* x, long n) {
-  Vec most{}, least_{}, sum{};
+  Vec highest{}, lowest{}, sum{};
   long i = 0;
   for (; i + LANES <= n; i += LANES) {
     const Vec value = load(x + i);
-    most = value > most ? value : most;
-    least_ = value < least_ ? value : least_;
+    highest = value > highest ? value : highest;
+    lowest = value < lowest ? value : lowest;
     sum += value - value;
   }
   float largest = 0.0f, unknown = 0.0f;
   for (int lane = 0; lane < LANES; ++lane) {
-    largest = std::max({largest, most[lane], -least_[lane]});
+    largest = std::max({largest, highest[lane], -lowest[lane]});
     unknown += sum[lane];
   }
   for (; i < n; ++i) {
@@ -182,13 +182,14 @@ void orthogonal(const float* power, long n, float* out, Scratch& s) {
 template <class Each>
 int for_all(long number, long rows, long columns, int threads, Each each) {
   int failed = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1 && number > 1) reduction(| : failed)
-  try {
-    Scratch scratch(rows, columns);
-#pragma omp for schedule(static)
-    for (long index = 0; index < number; ++index) each(index, scratch);
-  } catch (const std::bad_alloc&) {
-    failed = 1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && number > 1) reduction(| : failed)
+  for (long index = 0; index < number; ++index) {
+    try {
+      Scratch scratch(rows, columns);
+      each(index, scratch);
+    } catch (const std::bad_alloc&) {
+      failed = 1;
+    }
   }
   return failed;
 }

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from learned_opt.rules import build, native
-from learned_opt.rules.native_calls import threads
+from learned_opt.rules import native_calls as calls
 
 _SOURCE = Path(__file__).with_name("basis_kernel.cpp")
 _MOST_NUMBERS = 2**14
@@ -40,29 +40,17 @@ def _library() -> ctypes.CDLL | None:
 
 def usable(matrices: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the kernel can work on these matrices [..., rows, columns], with what else it is to read."""
-    if torch.compiler.is_compiling() or not 0 < matrices.shape[-2] * matrices.shape[-1] <= _MOST_NUMBERS:
+    if not native.unrecorded(matrices, *(tensor for tensor in others if tensor is not None)):
         return False
-    tensors = [matrices, *(tensor for tensor in others if tensor is not None)]
-    if not native.usable(*tensors) or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return False
-    return matrices.numel() > 0 and _library() is not None
+    small = matrices.shape[-2] * matrices.shape[-1] <= _MOST_NUMBERS
+    return small and matrices.numel() > 0 and _library() is not None
 
 
 def _spaced(matrices: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The matrices with contiguous rows and equally far apart, copied if need be, and how far that is."""
-    *lead, rows, columns = matrices.shape
-    *spacings, row, column = matrices.stride()
-    if (columns == 1 or column == 1) and (rows == 1 or row == columns):
-        spacing, number = 0, 1
-        for size, stride in zip(reversed(lead), reversed(spacings)):
-            if size > 1:
-                spacing = spacing or stride
-                if stride != spacing * number:
-                    break
-                number *= size
-        else:
-            return matrices, spacing
-    return matrices.contiguous(), rows * columns
+    """The matrices as rows [..., rows · columns], equally far apart, copied if need be, and how far that is."""
+    flat = matrices.flatten(-2)
+    apart = calls.spacing(flat)
+    return (flat, apart) if apart >= 0 else (flat.contiguous(), flat.shape[-1])
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -83,7 +71,7 @@ def observe(
     after = before if overwrite else [None if side is None else torch.empty_like(side) for side in before]
     _run(
         "observe",
-        *(grads.data_ptr(), spacing, *_sizes(grads), decay, large),
+        *(grads.data_ptr(), spacing, *_sizes(matrices), decay, large),
         *(_address(before[0]), _address(after[0]), _address(before[1]), _address(after[1])),
     )
     if overwrite:
@@ -103,10 +91,10 @@ def turn(
     x, spacing = _spaced(matrices)
     vectors = [None if side is None else side.contiguous() for side in (left, right)]
     sets = next((len(side) for side in vectors if side is not None and side.dim() == 3), 1)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(matrices.shape, dtype=x.dtype)
     _run(
         "turn",
-        *(x.data_ptr(), spacing, *_sizes(x), sets, *map(_address, vectors)),
+        *(x.data_ptr(), spacing, *_sizes(matrices), sets, *map(_address, vectors)),
         *(int(back), int(cleaned), out.data_ptr()),
     )
     return out
@@ -127,5 +115,5 @@ def _sizes(matrices: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _run(name: str, *arguments: object) -> None:
-    if getattr(_library(), f"basis_{name}")(*arguments, threads()):
+    if getattr(_library(), f"basis_{name}")(*arguments, calls.threads()):
         raise MemoryError("no memory for turning matrices into their basis")

@@ -98,10 +98,10 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
 
 def prepare(rule: UpdateRule, theta: Tensors) -> Scratch:
     """What a scratch may begin with, for this theta on any thread: weights as the kernel reads them, if it is used."""
-    kernel = rule.native_kernel(theta) if isinstance(rule, CompiledRule) else None
-    return (
-        {"packed": kernel.pack(native.flatten(theta, rule.names))} if kernel and isinstance(rule, CompiledRule) else {}
-    )
+    if not isinstance(rule, CompiledRule):
+        return {}
+    kernel = rule.native_kernel(theta)
+    return {} if kernel is None else {"packed": kernel.pack(native.flatten(theta, rule.names))}
 
 
 def update_(
@@ -131,7 +131,7 @@ def update_(
         kernel = rule.native_kernel(theta)
         if kernel is not None:
             if "packed" not in scratch:
-                scratch["packed"] = kernel.pack(native.flatten(theta, rule.names))
+                scratch.update(prepare(rule, theta))
             return kernel.step(scratch["packed"], rule.native_inputs, rule.native_scale, grads, state, state, context)
     if isinstance(rule, LSTMRule):
         return _lstm_update_(rule, theta, grads, state, scratch)

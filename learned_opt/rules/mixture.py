@@ -163,12 +163,8 @@ class MixtureRule(CompiledRule):
         return agreement_terms(grads, state, self.config.square)
 
     def context_of(self, sums: torch.Tensor) -> torch.Tensor:
-        plain = not torch.compiler.is_compiling() and native.usable(sums, dtype=torch.float64)
-        if plain and not (torch.is_grad_enabled() and sums.requires_grad):
-            kernel = native.kernel(self.native_shape)
-            if kernel is not None:
-                return kernel.agreement(sums)
-        return agreement(sums)
+        kernel = native.kernel(self.native_shape) if native.unrecorded(sums, dtype=torch.float64) else None
+        return agreement(sums) if kernel is None else kernel.agreement(sums)
 
     def context_sums(self, grads: torch.Tensor, state: Tensors, layout: TensorLayout) -> torch.Tensor:
         kernel = native.kernel(self.native_shape) if native.usable(grads, *state.values()) else None

@@ -101,6 +101,13 @@ def usable(*tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
     return all(type(t) is torch.Tensor and t.is_cpu and t.dtype == dtype for t in tensors) and enabled()
 
 
+def unrecorded(*tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """`usable`, and neither torch.compile nor autograd is to see what is done with them."""
+    if torch.compiler.is_compiling() or not usable(*tensors, dtype=dtype):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
 def kernel(shape: Shape) -> LSTMKernel | None:
     """The kernel of this shape, built if need be; None where it cannot be had, or would not pay."""
     return _load(shape) if enabled() and shape.num_weights <= _MOST_WEIGHTS else None

@@ -82,7 +82,7 @@ def in_rows(state: Tensors, n: int) -> tuple[Tensors, int]:
         TypeError: tensors that the kernel cannot read.
     """
     check(*state.values())
-    spacings = {_spacing(value) for name, value in state.items() if name != "step"} - {0}
+    spacings = {spacing(value) for name, value in state.items() if name != "step"} - {0}
     if len(spacings) > 1 or -1 in spacings:
         return {name: value.contiguous() for name, value in state.items()}, n
     if "step" in state and not state["step"].is_contiguous():
@@ -90,18 +90,18 @@ def in_rows(state: Tensors, n: int) -> tuple[Tensors, int]:
     return state, spacings.pop() if spacings else n
 
 
-def _spacing(tensor: torch.Tensor) -> int:
+def spacing(tensor: torch.Tensor) -> int:
     """From one row of [..., n] to the next; 0 where there is one row only, −1 if rows lie otherwise."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return -1
-    num_rows, spacing = 1, 0
+    num_rows, distance = 1, 0
     for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1])):
         if size > 1:
-            spacing = spacing or stride
-            if stride != spacing * num_rows or stride == 0:
+            distance = distance or stride
+            if stride != distance * num_rows or stride == 0:
                 return -1
             num_rows *= size
-    return spacing
+    return distance
 
 
 @functools.lru_cache(maxsize=64)
