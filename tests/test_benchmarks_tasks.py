@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch.nn import functional as F
 
-from benchmarks import amortization, families, few_shot, lasso, mnist
+from benchmarks import amortization, families, few_shot, lasso, last_steps, mnist
 from benchmarks.amortization_report import final, measured_steps, steps_to
 from examples.own_problem import network, source_files
 from learned_opt.batched import BatchedFamily
@@ -55,6 +55,18 @@ def test_lasso_beside_the_optimum(tmp_path, monkeypatch, capsys):
         assert 0 < row["fista"]["together"][0] < row["adam"]["together"][0] < row["learned"]["together"][0]
     assert rows["60 steps"]["fista"]["together"][0] < 0.5 * rows["20 steps"]["fista"]["together"][0]
     assert "60 steps: learned" in capsys.readouterr().out
+
+
+def test_where_the_last_steps_end(tmp_path, capsys):
+    losses = [[1.0] * 59 + [0.1, 0.5, 0.39, 0.2], [2.0] * 63]
+    assert last_steps.summary(losses) == pytest.approx({"leaps": 1 / 6, "median": 0.6, "worst": 1.0})
+    results = tmp_path / "last_steps.json"
+    last_steps.main(["adam", "--num-runs", "2", "--num-steps", "70", "--out", str(results)])
+    rows = json.loads(results.read_text())["results"]
+    assert list(rows) == [*last_steps.SCHEDULES, "guard"] and all(row["worst"] < 1 for row in rows.values())
+    # Adam at 1e-3 is on its way still: half the rate gets it less far. The guard has nothing to do.
+    assert rows["constant"]["median"] < rows["to zero over the last fifth"]["median"] < rows["half"]["median"]
+    assert rows["guard"] == pytest.approx(rows["constant"]) and "half: leaps 0.000" in capsys.readouterr().out
 
 
 def test_rows_of_families_that_are_not_measured_are_kept(tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 
 import pytest
 import torch
@@ -25,16 +26,26 @@ def regression(seed: int) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return nn.Sequential(nn.Linear(3, 24), nn.Tanh(), nn.Linear(24, 1)), inputs, targets
 
 
-def final_loss(name: str, seed: int, num_steps: int, **settings) -> tuple[float, float]:
+def losses_of(name: str, seed: int, num_steps: int, *, falling: bool) -> list[float]:
+    """The loss before every step, at a constant lr or at one that falls to zero over the last fifth."""
     model, inputs, targets = regression(seed)
-    optimizer = LearnedOptimizer(model.parameters(), name, **settings)
+    optimizer = LearnedOptimizer(model.parameters(), name)
+    factor = (lambda step: min(1.0, 5 * (1 - step / num_steps))) if falling else (lambda step: 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     losses = []
     for _ in range(num_steps):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(inputs), targets)
         loss.backward()
         optimizer.step()
+        scheduler.step()
         losses.append(loss.item())
+    return losses
+
+
+def final_loss(name: str, seed: int, num_steps: int) -> tuple[float, float]:
+    """The first and the last loss. At a constant lr the last may be one of the leaps of benchmarks/last_steps.py."""
+    losses = losses_of(name, seed, num_steps, falling=True)
     return losses[0], losses[-1]
 
 
@@ -86,6 +97,13 @@ def test_each_has_a_card(name):
 def test_each_trains_what_it_has_never_seen(name, seed):
     start, end = final_loss(name, seed, 200)
     assert end < 0.5 * start
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+def test_each_trains_it_at_a_constant_rate(name, seed):
+    losses = losses_of(name, seed, 200, falling=False)
+    assert statistics.median(losses[-50:]) < 0.3 * losses[0]
 
 
 def test_with_nothing_tuned_the_default_beats_adam_at_its_default_rate():
