@@ -127,9 +127,12 @@ class Turn:
         """[..., rows, columns] in this basis: UᵀGV."""
         if basis_native.usable(matrices, self.left, self.right):
             return basis_native.turn(matrices, self.left, self.right, back=False)
+        found = _wide(matrices)
         if self.left is not None:
-            matrices = self.left.mT @ matrices
-        return matrices if self.right is None else matrices @ self.right
+            found = _wide(self.left).mT @ found
+        if self.right is not None:
+            found = found @ _wide(self.right)
+        return found.to(matrices.dtype)
 
     def gradients(self, matrices: torch.Tensor) -> torch.Tensor:
         """Gradients [..., rows, columns] in this basis, without what is rounding."""
@@ -141,9 +144,12 @@ class Turn:
         """What has these coordinates in this basis: U·D·Vᵀ."""
         if basis_native.usable(matrices, self.left, self.right):
             return basis_native.turn(matrices, self.left, self.right, back=True)
+        found = _wide(matrices)
         if self.left is not None:
-            matrices = self.left @ matrices
-        return matrices if self.right is None else matrices @ self.right.mT
+            found = _wide(self.left) @ found
+        if self.right is not None:
+            found = found @ _wide(self.right).mT
+        return found.to(matrices.dtype)
 
     def of(self, sets: torch.Tensor) -> Turn:
         """Those of some of the matrices, by index along the first dimension."""
@@ -153,9 +159,18 @@ class Turn:
         """The turn that takes coordinates in the basis `before` to coordinates in this one."""
 
         def change(old: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
-            return None if old is None or new is None else old.mT @ new
+            return None if old is None or new is None else (_wide(old).mT @ _wide(new)).to(new.dtype)
 
         return Turn(change(before.left, self.left), change(before.right, self.right))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In float64 where the device has it.
+
+    A rule makes as large a step of a direction with hardly a gradient as of any other: what is weak must not be rounded
+    like what is strong, or two ways to compute the same would part.
+    """
+    return x if x.device.type == "mps" else x.double()
 
 
 def turn_of(state: Tensors) -> Turn:
@@ -182,14 +197,14 @@ def observe(basis: Basis, sides: Sides, state: Tensors, matrices: torch.Tensor, 
     if basis_native.usable(matrices, left, right):
         found = basis_native.observe(matrices, left, right, basis.decay, _LARGE, overwrite)
         return {name: value for name, value in zip(names, found) if value is not None}
-    sound = torch.where(matrices.abs() < _LARGE, matrices, 0.0)
+    sound = _wide(torch.where(matrices.abs() < _LARGE, matrices, 0.0))
     product = torch.addmm if matrices.dim() == 2 else torch.baddbmm
     out: Tensors = {}
     for side, _ in sides.turned:
         name = f"{side}.average"
         one, other = (sound, sound.mT) if side == "left" else (sound.mT, sound)
-        target = {"out": state[name]} if overwrite else {}
-        out[name] = product(state[name], one, other, beta=basis.decay, alpha=1 - basis.decay, **target)
+        found = product(_wide(state[name]), one, other, beta=basis.decay, alpha=1 - basis.decay)
+        out[name] = state[name].copy_(found) if overwrite else found.to(matrices.dtype)
     return out
 
 
@@ -212,6 +227,7 @@ def refresh(sides: Sides, state: Tensors, first: torch.Tensor | bool) -> Tensors
             fresh = first.expand(sets, 1, 1).flatten().tolist() if isinstance(first, torch.Tensor) else [first] * sets
             out[f"{side}.vectors"] = basis_native.refresh(average, vectors, fresh, _SHIFT)
             continue
+        dtype, average, vectors = average.dtype, _wide(average), _wide(vectors)
         one = torch.eye(size, dtype=average.dtype, device=average.device)
         if isinstance(first, torch.Tensor):
             vectors = torch.where(first, one, vectors)
@@ -222,7 +238,7 @@ def refresh(sides: Sides, state: Tensors, first: torch.Tensor | bool) -> Tensors
         power = (average / trace.clamp_min(torch.finfo(average.dtype).tiny)) @ vectors + _SHIFT * vectors
         found, triangle = torch.linalg.qr(power)
         signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(found.dtype)
-        out[f"{side}.vectors"] = found * signs[..., None, :]
+        out[f"{side}.vectors"] = (found * signs[..., None, :]).to(dtype)
     return out
 
 

@@ -34,7 +34,7 @@ def _library() -> ctypes.CDLL | None:
         *(pointer, long, long, long, long, long),
         *(pointer, pointer, integer, integer, pointer, integer),
     ]
-    library.basis_refresh.argtypes = [pointer, pointer, long, long, pointer, real, pointer, integer]
+    library.basis_refresh.argtypes = [pointer, pointer, long, long, pointer, ctypes.c_double, pointer, integer]
     return library
 
 
