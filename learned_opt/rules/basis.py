@@ -203,8 +203,8 @@ def observe(basis: Basis, sides: Sides, state: Tensors, matrices: torch.Tensor, 
     for side, _ in sides.turned:
         name = f"{side}.average"
         one, other = (sound, sound.mT) if side == "left" else (sound.mT, sound)
-        found = product(_wide(state[name]), one, other, beta=basis.decay, alpha=1 - basis.decay)
-        out[name] = state[name].copy_(found) if overwrite else found.to(matrices.dtype)
+        moved = product(_wide(state[name]), one, other, beta=basis.decay, alpha=1 - basis.decay)
+        out[name] = state[name].copy_(moved) if overwrite else moved.to(matrices.dtype)
     return out
 
 
