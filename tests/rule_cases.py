@@ -36,14 +36,21 @@ def arguments(context: Context | None) -> tuple[Context, ...]:
 
 def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
     """The context [4] of a mixture's one tensor: cosines, written as they are defined."""
-    beta = rule.settings()["square"]
-    square = beta * state["v"][0] + (1 - beta) * grads**2
+    c = rule.settings()
+    average, recent = (
+        beta * v + (1 - beta) * grads**2 for beta, v in zip((c["square"], c["recent_square"]), state["v"])
+    )
+    bound = c["square_ratio"] * recent
+    square = torch.where((grads != 0) & (recent != 0) & ~(average < bound), bound, average)
     seen = square > 0
     vectors = [vector[seen] / square[seen].sqrt() for vector in (grads, *state["m"])]
+    most = (recent[seen] / square[seen]).sqrt()
+    now, first, second, third = *vectors[:2], *(vector.minimum(most).maximum(-most) for vector in vectors[2:])
+    both, all_three = first + second, first + second + third
     cosines = []
-    for i, k in ((0, 1), (0, 2), (0, 3), (1, 3)):
-        norms = vectors[i].norm() * vectors[k].norm()
-        cosines.append(vectors[i] @ vectors[k] / norms if norms > 0 else torch.zeros_like(norms))
+    for one, other in ((now, first), (now, both), (now, all_three), (first, all_three)):
+        norms = one.norm() * other.norm()
+        cosines.append(one @ other / norms if norms > 0 else torch.zeros_like(norms))
     c = torch.stack(cosines)
     return 10 * c / (1 + 10 * c.abs())
 

@@ -14,7 +14,14 @@ from rule_cases import agreement_by_hand, in_dtype, loud, told, update_by_hand
 from learned_opt import rules
 from learned_opt.rules import UpdateRule, chunked_update, lstm_torch, slice_coordinates
 from learned_opt.rules.context import Context, TensorLayout, context, joined
-from learned_opt.rules.features import agreement, agreement_terms, log_and_sign, normalized
+from learned_opt.rules.features import (
+    agreement,
+    agreement_terms,
+    bounded_square,
+    log_and_sign,
+    momenta,
+    normalized,
+)
 
 RULES = list(rules.RULES)
 VARIANTS = {name: (name, {}) for name in RULES} | {
@@ -460,11 +467,15 @@ def numpy_agreement(config, grads):
 
     for t in range(len(g)):
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            root = np.sqrt(average(g[: t + 1] ** 2, config["square"]))
+            square, recent = (average(g[: t + 1] ** 2, config[name]) for name in ("square", "recent_square"))
+            bound = config["square_ratio"] * recent
+            root = np.sqrt(np.where((g[t] != 0) & (bound < square), bound, square))
             vectors = [g[t] / root] + [average(g[:t], config[name]) / root for name in ("fast", "medium", "slow")]
+            vectors[2:] = (np.clip(vector, -np.sqrt(recent) / root, np.sqrt(recent) / root) for vector in vectors[2:])
         sound = np.isfinite(np.stack(vectors)).all(0) & (root < np.inf)
         now, *averages = (vector[sound] for vector in vectors)
-        pairs = [*((now, other) for other in averages), (averages[0], averages[2])]
+        first, second, third = averages
+        pairs = [(now, first), (now, first + second), (now, first + second + third), (first, first + second + third)]
         norms = [np.linalg.norm(x) * np.linalg.norm(y) for x, y in pairs]
         c = np.array([x @ y / norm if norm else 0.0 for (x, y), norm in zip(pairs, norms)])
         out.append(10 * c / (1 + 10 * abs(c)))
@@ -517,16 +528,47 @@ def test_one_bad_number_does_not_spoil_what_the_others_tell(dtype):
 
 
 def test_agreement_of_sums():
-    sums = [[4.0, 9.0, 1.0, 16.0, 6.0, -2.0, 0.0, 12.0], [4.0, 0.0, 1e-200, 1e200, 0.0, 1e-100, 0.0, 0.0]]
-    want = [[10 / 11, -10 / 11, 0.0, 10 / 11], [0.0, 10 * 0.5 / 6, 0.0, 0.0]]
-    sums, want = (torch.tensor(values, dtype=torch.float64).T for values in (sums, want))
-    torch.testing.assert_close(agreement(sums), want)
+    a, first, second, third = np.array([[2.0, 1.0, -1.0], [1.0, 3.0, 0.0], [0.0, -2.0, 2.0], [-4.0, 0.5, 1.0]])
+    pairs = [(a, first), (a, first + second), (a, first + second + third), (first, first + second + third)]
+    c = np.array([x @ y / (np.linalg.norm(x) * np.linalg.norm(y)) for x, y in pairs])
+    one_by_one = [a @ a, first @ first, second @ second, third @ third, a @ first, a @ second, a @ third]
+    sums = torch.tensor([*one_by_one, first @ second, first @ third, second @ third], dtype=torch.float64)
+    np.testing.assert_allclose(agreement(sums).numpy(), 10 * c / (1 + 10 * abs(c)), rtol=1e-12)
+    alone = torch.tensor([4.0, 9.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert agreement(alone).tolist() == pytest.approx([5 / 6] * 3 + [10 / 11])  # the cosine is a half
+    cancels = torch.tensor([4.0, 9.0, 9.0, 0.0, 3.0, -3.0, 0.0, -9.0, 0.0, 0.0], dtype=torch.float64)
+    assert agreement(cancels).tolist() == pytest.approx([5 / 6, 0.0, 0.0, 0.0])  # the slower undoes the faster
+    assert agreement(torch.zeros(10, 2)).equal(torch.zeros(4, 2))
 
 
 def test_terms_of_agreement():
     state = {"m": torch.tensor([[1.0], [-2.0], [3.0]]).double(), "v": torch.tensor([[10.0], [0.0]]).double()}
-    got = agreement_terms(torch.tensor([4.0]).double(), state, 0.75)  # v = 0.75·10 + 0.25·16
-    assert (got[:, 0] * 11.5).tolist() == pytest.approx([16, 1, 4, 9, 4, -8, 12, 3])
+    betas = (0.0, 0.0, 0.0, 0.75, 0.5)
+    got = agreement_terms(torch.tensor([4.0]).double(), state, betas, 4.0)  # v = 0.75·10 + 0.25·16, w = 0.5·16
+    assert (got[:, 0] * 11.5).tolist() == pytest.approx([16, 1, 4, 8, 4, -8, 4 * 8**0.5, -2, 8**0.5, -2 * 8**0.5])
+    got = agreement_terms(torch.tensor([4.0]).double(), state, betas, 1.0)  # 11.5 is more than w allows
+    assert (got[:, 0] * 8).tolist() == pytest.approx([16, 1, 4, 8, 4, -8, 4 * 8**0.5, -2, 8**0.5, -2 * 8**0.5])
+
+
+def test_what_normalizes_is_bounded_by_what_gradients_have_been_of_late():
+    average, recent = torch.tensor([8.0, 8.0, 8.0, 8.0, math.nan]), torch.tensor([1.0, 4.0, 1.0, 0.0, 1.0])
+    got = bounded_square(average, recent, torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]), 3.0)
+    assert got[:4].tolist() == [3.0, 8.0, 8.0, 8.0]
+
+
+def test_gradients_that_shrink_soon_make_whole_steps_again():
+    """A thousandth of what they were, they are soon divided by no more than eight times their size."""
+    rule = rules.get("mixture")
+    grads = torch.cat([torch.ones(300), torch.full((60,), 1e-3)])[:, None].double()
+    state, rows = rule.init_state(1, dtype=torch.float64), []
+    for grad in grads:
+        directions, _, state, _ = momenta(grad, state, rule.config.betas, rule.config.square_ratio, rule.config.eps)
+        rows.append(directions[:, 0])
+    found = torch.stack(rows)
+    assert found[299].tolist() == pytest.approx([1.0] * 4, abs=1e-6)
+    recent = 0.9 ** torch.arange(1, 61, dtype=torch.float64) * (1 - 1e-6) + 1e-6  # the average of the last squares
+    torch.testing.assert_close(found[300:, 0], 1e-3 / (64 * recent).sqrt().clamp(max=1), rtol=0.3, atol=0)
+    assert found[359, 2:].tolist() == pytest.approx([0.125] * 2)  # what was averaged for long does not rule
 
 
 def test_what_a_rule_is_told_by_default_is_nothing():
@@ -567,7 +609,8 @@ def test_a_step_with_its_context_equals_finite_differences(variant):
         scale = float(found[where, name].abs().max())
         assert scale > 0
         for index in torch.randperm(tensor.numel(), generator=generator)[:6].tolist():
-            width = 1e-6 * max(1e-3, float(tensor.reshape(-1)[index].abs()))
+            least = 1e-3 if name in ("", "m", "v") else 1.0
+            width = 1e-6 * max(least, float(tensor.reshape(-1)[index].abs()))
             ends = []
             for sign in (1, -1):
                 moved = tensor.clone()

@@ -70,20 +70,40 @@ NUM_EVEN = 3 * NUM_MOMENTA + 1
 NUM_DIRECTIONS = NUM_MOMENTA + 1
 
 
+def bounded_square(average: torch.Tensor, recent: torch.Tensor, grads: torch.Tensor, ratio: float) -> torch.Tensor:
+    """The average square that gradients are divided by the root of: at most so many times the recent one.
+
+    Where there is little noise, gradients shrink faster than an average forgets. Divided by what they were, they would
+    move nothing for hundreds of steps. A coordinate whose gradient is zero is let go on as it was: its average is not
+    bounded.
+
+    Args:
+        average, recent: averages of g² over many steps, and over few.
+        grads: g.
+        ratio: the bound, at least 1.
+    """
+    most = ratio * recent
+    return torch.where((average < most) | (grads == 0) | (recent == 0), average, most)
+
+
 def momenta(
-    grads: torch.Tensor, state: Tensors, betas: tuple[float, ...], eps: float
+    grads: torch.Tensor, state: Tensors, betas: tuple[float, ...], ratio: float, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, Tensors, torch.Tensor]:
-    """Directions d₀ = g/√v̂ and dᵢ = m̂ᵢ/√v̂ for three averages, and what tells how well they agree.
+    """Directions d₀ = g/√s and dᵢ = m̂ᵢ/√s for three averages, and what tells how well they agree.
+
+    s is the average v̂ of g², bounded by what it has been of late (`bounded_square`, with the average ŵ over fewer
+    steps). d₂ and d₃ stay within ±√(ŵ/s): what was averaged over many steps counts for no more than gradients are now.
 
     The second result is the same for g and −g: |dᵢ| (how consistent the gradient has been), s(d₀·dᵢ) (whether it goes
     on as before), s(d₁·d₂) and s(d₁·d₃) (whether short and long memory agree), s(d₀²) (how large it is for its like),
-    and (v̂ − ŵ)/(v̂ + ŵ) with a slower average ŵ of g² (whether gradients grow or shrink). s(x) is x/(1 + |x|).
+    and (v̂ − ŵ)/(v̂ + ŵ) (whether gradients shrink or grow). Here s(x) is x/(1 + |x|).
 
     Args:
         grads: [n].
         state: "m" [3, n], "v" [2, n] (v, then w), "step" [n] or [1].
         betas: decays of the three averages of g, then of v and w.
-        eps: added to √v̂, positive, in units of the gradient.
+        ratio: of `bounded_square`.
+        eps: added to √s, positive, in units of the gradient.
 
     Returns:
         (directions [4, n], inputs [10, n], new state, mask [n] of the coordinates that have had a non-zero gradient).
@@ -93,16 +113,25 @@ def momenta(
     correction = torch.stack([bias_correction(step.to(grads.dtype), beta) for beta in betas])
     m = state["m"] * decay[:NUM_MOMENTA] + grads * rest[:NUM_MOMENTA]
     v = state["v"] * decay[NUM_MOMENTA:] + grads * grads * rest[NUM_MOMENTA:]
-    active = v[1] != 0
-    fast, slow = torch.where(active, v / correction[NUM_MOMENTA:], 1.0)
-    scale = 1 / (fast.sqrt() + eps)
-    directions = torch.cat([(grads * scale)[None], m / correction[:NUM_MOMENTA] * scale])
-    now, first = directions[0], directions[1]
-    products = torch.cat([now * directions[1:], first * directions[2:], (now * now)[None]])
-    agreement = products / (1 + products.abs())
-    trend = (fast - slow) / (fast + slow)
+    active = v[0] != 0
+    average, recent = torch.where(active, v / correction[NUM_MOMENTA:], 1.0)
+    scale = 1 / (bounded_square(average, recent, grads, ratio).sqrt() + eps)
+    most = _root(recent) * scale
+    first, *slower = m / correction[:NUM_MOMENTA] * scale
+    directions = torch.stack([grads * scale, first, *(one.clamp(-most, most) for one in slower)])
+    products = torch.cat([directions[0] * directions, first * directions[2:]])
+    now_squared, agreements = products[:1], products[1:]
+    agreement = torch.cat([agreements, now_squared])
+    agreement = agreement / (1 + agreement.abs())
+    trend = (average - recent) / (average + recent)
     inputs = torch.cat([directions[1:].abs(), agreement, trend[None]])
     return directions, inputs, {"m": m, "v": v, "step": step}, active
+
+
+def _root(square: torch.Tensor) -> torch.Tensor:
+    """√x with a derivative of zero at zero."""
+    some = square != 0  # what is not a number is not hidden
+    return torch.where(some, torch.where(some, square, 1.0).sqrt(), 0.0)
 
 
 NUM_CONTEXT = 4
@@ -111,38 +140,50 @@ _SOUND = 1e15
 _SHARPNESS = 10.0
 
 
-def agreement_terms(grads: torch.Tensor, state: Tensors, beta: float) -> torch.Tensor:
-    """The products that `agreement` needs summed over a tensor's coordinates, [8, n].
+def agreement_terms(grads: torch.Tensor, state: Tensors, betas: tuple[float, ...], ratio: float) -> torch.Tensor:
+    """The products that `agreement` needs summed over a tensor's coordinates, [10, n].
 
-    With a = g/√v and bᵢ = mᵢ/√v, where m are the averages before the step and v is the average square after it: a²,
-    b₁², b₂², b₃², a·b₁, a·b₂, a·b₃, b₁·b₃. Coordinates that have seen no gradient count zero, and so do those where
-    something is not finite: one bad number must not spoil the others.
+    With a = g/√s and bᵢ = mᵢ/√s, where m are the averages before the step, s is the average square after it, bounded by
+    the recent one w, and b₂ and b₃ stay within ±√(w/s), as in `momenta`: a², b₁², b₂², b₃², a·b₁, a·b₂, a·b₃, b₁·b₂,
+    b₁·b₃, b₂·b₃. Coordinates that have seen no gradient count zero, and so do those where something is not finite: one
+    bad number must not spoil the others.
 
     Args:
         grads: [n].
         state: "m" [3, n], "v" [2, n].
-        beta: decay of the first of v.
+        betas, ratio: as in `momenta`.
     """
-    square = state["v"][0] * beta + grads * grads * (1 - beta)
+    now = grads * grads
+    average, recent = (v * beta + now * (1 - beta) for v, beta in zip(state["v"], betas[NUM_MOMENTA:]))
+    square = bounded_square(average, recent, grads, ratio)
     seen = square > 0
-    scaled = torch.cat([grads[None], state["m"]]) * torch.where(seen, square, 1.0).rsqrt()
+    scale = torch.where(seen, square, 1.0).rsqrt()
+    most = _root(recent) * scale
+    a, first, *slower = torch.cat([grads[None], state["m"]]) * scale
+    scaled = torch.stack([a, first, *(one.clamp(-most, most) for one in slower)])
     sound = seen & (scaled.detach().abs().sum(0) < _SOUND)  # a comparison that NaN fails
     a, first, second, third = torch.where(sound, scaled, 0.0)
-    return torch.stack(
-        [a * a, first * first, second * second, third * third, a * first, a * second, a * third, first * third]
-    )
+    squares = [a * a, first * first, second * second, third * third]
+    return torch.stack([*squares, a * first, a * second, a * third, first * second, first * third, second * third])
 
 
 def agreement(sums: torch.Tensor) -> torch.Tensor:
-    """How well a tensor's gradient agrees with its three momenta, and the fastest with the slowest: [4, …] in (−1, 1).
+    """How well a tensor's gradient agrees with its momenta: [4, …] in (−1, 1).
 
-    Cosines of the angles between them, coordinates measured in their own √v, each passed through 10c/(1 + 10|c|), since
-    it is around zero that they tell steps that are too short from those that are too long. Zero before the second step.
+    With a and bᵢ of `agreement_terms`: cosines of the angles between a and b₁, a and b₁ + b₂, a and b₁ + b₂ + b₃, and
+    between b₁ and b₁ + b₂ + b₃. Each is passed through 10c/(1 + 10|c|), since it is around zero that they tell steps
+    that are too short from those that are too long. The slower averages are asked together with the faster ones: noise
+    is averaged out as well, and when the gradient has changed, one that remembers the old one is outvoted sooner. Zero
+    before the second step.
 
     Args:
-        sums: of `agreement_terms` over the tensor, [8, …].
+        sums: of `agreement_terms` over the tensor, [10, …].
     """
-    squares = torch.cat([sums[:1] * sums[1:4], sums[1:2] * sums[3:4]])
+    a, one, second, third, a_first, a_second, a_third, first_second, first_third, second_third = sums
+    two = one + second + 2 * first_second
+    three = two + third + 2 * (first_third + second_third)
+    squares = torch.stack([a * one, a * two, a * three, one * three])
+    products = [a_first, a_first + a_second, a_first + a_second + a_third, one + first_second + first_third]
     known = squares > 0
-    cosines = torch.where(known, sums[4:] * torch.where(known, squares, 1.0).rsqrt(), 0.0)
+    cosines = torch.where(known, torch.stack(products) * torch.where(known, squares, 1.0).rsqrt(), 0.0)
     return _SHARPNESS * cosines / (1 + _SHARPNESS * cosines.abs())

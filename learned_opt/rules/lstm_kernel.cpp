@@ -300,6 +300,7 @@ struct Inputs {
   const float* step;       // [n] or [1]
   int shared_step;
   const double* betas;     // of the averages of gradients, then of squares: 1 - beta must not cancel
+  float ratio;             // MOMENTA: the most that the average square may be of the recent one
   float eps, range;
   const unsigned char* active;  // [steps, n], GIVEN
   const float* log_size;   // [state_ld], GROWS: what the step has grown or shrunk by
@@ -345,6 +346,13 @@ inline void correct(const Averages& a, bool same, double beta, float* __restrict
 
 [[maybe_unused]] inline float squashed(float x) { return x / (1.0f + std::fabs(x)); }
 
+// See `features.bounded_square` in Python.
+inline float bounded(float average, float recent, float grad, float ratio) {
+  const float most = ratio * recent;
+  return average < most || grad == 0.0f || recent == 0.0f ? average : most;
+}
+inline float within(float x, float most) { return x > most ? most : x < -most ? -most : x; }  // NaN stays
+
 // See `features.momenta` in Python: normalized gradient and momenta are the directions, and what is the same for g and -g
 // is the network's input.
 inline void momenta(const Inputs& in, const float* __restrict g, bool same, Averages& a, float* __restrict out,
@@ -361,11 +369,14 @@ inline void momenta(const Inputs& in, const float* __restrict g, bool same, Aver
     for (int j = 0; j < WIDTH; ++j) {
       for (int i = 0; i < 3; ++i) a.m[i][j] = a.m[i][j] * beta[i] + g[j] * rest[i];
       for (int i = 0; i < 2; ++i) a.v[i][j] = a.v[i][j] * beta[3 + i] + g[j] * g[j] * rest[3 + i];
-      const bool idle = a.v[1][j] == 0.0f;
-      const float fast = a.v[0][j] / correction[3][j], slow = a.v[1][j] / correction[4][j];
-      const float scale = 1.0f / (std::sqrt(idle ? 1.0f : fast) + in.eps);
+      const bool idle = a.v[0][j] == 0.0f;
+      const float average = a.v[0][j] / correction[3][j], recent = a.v[1][j] / correction[4][j];
+      const float square = bounded(average, recent, g[j], in.ratio);
+      const float scale = 1.0f / (std::sqrt(idle ? 1.0f : square) + in.eps);
+      const float most = idle ? 0.0f : std::sqrt(recent) * scale;
       const float d0 = g[j] * scale, d1 = a.m[0][j] / correction[0][j] * scale,
-                  d2 = a.m[1][j] / correction[1][j] * scale, d3 = a.m[2][j] / correction[2][j] * scale;
+                  d2 = within(a.m[1][j] / correction[1][j] * scale, most),
+                  d3 = within(a.m[2][j] / correction[2][j] * scale, most);
       directions[j] = d0;
       directions[WIDTH + j] = d1;
       directions[2 * WIDTH + j] = d2;
@@ -379,7 +390,7 @@ inline void momenta(const Inputs& in, const float* __restrict g, bool same, Aver
       out[6 * WIDTH + j] = squashed(d1 * d2);
       out[7 * WIDTH + j] = squashed(d1 * d3);
       out[8 * WIDTH + j] = squashed(d0 * d0);
-      out[9 * WIDTH + j] = idle ? 0.0f : (fast - slow) / (fast + slow);
+      out[9 * WIDTH + j] = idle ? 0.0f : (average - recent) / (average + recent);
       active[j] = idle ? 0.0f : 1.0f;
     }
   }
@@ -859,13 +870,15 @@ void lstm_pack(const float* theta, long sets, void* weights) {
 // [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Rows of the
 // old state are state_ld apart, of the new one out_ld.
 void lstm_step(const void* packed, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
-              const float* step, int shared_step, const double* betas, float eps, float range, float growth, float most_grown,
+              const float* step, int shared_step, const double* betas, float ratio, float eps, float range, float growth,
+              float most_grown,
               const float* hidden, const float* cells, const float* log_size, long state_ld, float* m_out, float* v_out,
               float* hidden_out, float* cells_out, float* log_size_out, long out_ld, const float* context, long tensors,
               const int* tensor, float scale, float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
   const Weights* weights = static_cast<const Weights*>(packed);
-  const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, eps, range, nullptr, log_size, growth, most_grown,
+  const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, ratio, eps, range, nullptr, log_size, growth,
+                  most_grown,
                   context, tensors, tensor};
   const State after{hidden_out, cells_out, m_out, v_out, log_size_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
@@ -916,27 +929,31 @@ void lstm_normalized_back(const float* grads, const float* m, const float* v, co
 }
 
 // Sums over the coordinates of every tensor, bounds [tensors + 1] telling where each begins, of
-// a², b₁², b₂², b₃², a b₁, a b₂, a b₃ and b₁ b₃, where a is the gradient and b the averages of it before the step, all
-// divided by the root of the average square after it. What is not finite is left out. sums [8, tensors].
-void lstm_context(const float* grads, const float* m, const float* v, long ld, double beta, const long* bounds,
-                  long tensors, double* sums, int threads) {
+// a², b₁², b₂², b₃², a b₁, a b₂, a b₃, b₁ b₂, b₁ b₃ and b₂ b₃, where a is the gradient and b the averages of it before the
+// step, all divided by the root of the average square after it, bounded as in `features.bounded_square`, and b₂ and b₃
+// within the root of the recent one. What is not finite is left out. sums [10, tensors].
+void lstm_context(const float* grads, const float* m, const float* v, long ld, double beta, double recent_beta,
+                  float ratio, const long* bounds, long tensors, double* sums, int threads) {
   const float keep = float(beta), rest = float(1.0 - beta);
+  const float recent_keep = float(recent_beta), recent_rest = float(1.0 - recent_beta);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && bounds[tensors] > 4096)
   for (long s = 0; s < tensors; ++s) {
-    double total[8] = {};
+    double total[10] = {};
     for (long start = bounds[s]; start < bounds[s + 1]; start += 1024) {
       const long stop = bounds[s + 1] < start + 1024 ? bounds[s + 1] : start + 1024;
-      float part[8][WIDTH] = {};
+      float part[10][WIDTH] = {};
       for (long i = start; i < stop; i += WIDTH) {
         const int width = stop - i < WIDTH ? int(stop - i) : WIDTH;
-        float x[5][WIDTH];
+        float x[6][WIDTH];
         load_row(grads + i, width, x[0]);
         for (int k = 0; k < 3; ++k) load_row(m + k * ld + i, width, x[1 + k]);
-        load_row(v + i, width, x[4]);
+        for (int k = 0; k < 2; ++k) load_row(v + k * ld + i, width, x[4 + k]);
         for (int j = 0; j < WIDTH; ++j) {
-          const float square = x[4][j] * keep + x[0][j] * x[0][j] * rest;
-          const float scale = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f;
-          float a = x[0][j] * scale, b1 = x[1][j] * scale, b2 = x[2][j] * scale, b3 = x[3][j] * scale;
+          const float now = x[0][j] * x[0][j], recent = x[5][j] * recent_keep + now * recent_rest;
+          const float square = bounded(x[4][j] * keep + now * rest, recent, x[0][j], ratio);
+          const float scale = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f, most = std::sqrt(recent) * scale;
+          float a = x[0][j] * scale, b1 = x[1][j] * scale;
+          float b2 = within(x[2][j] * scale, most), b3 = within(x[3][j] * scale, most);
           const bool sound = std::fabs(a) + std::fabs(b1) + std::fabs(b2) + std::fabs(b3) < 1e15f;
           a = sound ? a : 0.0f;
           b1 = sound ? b1 : 0.0f;
@@ -949,33 +966,40 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, d
           part[4][j] += a * b1;
           part[5][j] += a * b2;
           part[6][j] += a * b3;
-          part[7][j] += b1 * b3;
+          part[7][j] += b1 * b2;
+          part[8][j] += b1 * b3;
+          part[9][j] += b2 * b3;
         }
       }
-      for (int k = 0; k < 8; ++k)
+      for (int k = 0; k < 10; ++k)
         for (int j = 0; j < WIDTH; ++j) total[k] += part[k][j];
     }
-    for (int k = 0; k < 8; ++k) sums[k * tensors + s] = total[k];
+    for (int k = 0; k < 10; ++k) sums[k * tensors + s] = total[k];
   }
 }
 
 // See `features.agreement`: from those sums to how well they agree, [4, tensors].
 void lstm_agreement(const double* sums, long tensors, double* out) {
-  constexpr int ONE[4] = {0, 0, 0, 1}, OTHER[4] = {1, 2, 3, 3};
-  for (int k = 0; k < 4; ++k)
-    for (long s = 0; s < tensors; ++s) {
-      const double square = sums[ONE[k] * tensors + s] * sums[OTHER[k] * tensors + s];
-      const double sharp = square > 0.0 ? 10.0 * (sums[(4 + k) * tensors + s] / std::sqrt(square)) : 0.0;
+  for (long s = 0; s < tensors; ++s) {
+    double q[10];
+    for (int k = 0; k < 10; ++k) q[k] = sums[k * tensors + s];
+    const double one = q[1], two = one + q[2] + 2.0 * q[7], three = two + q[3] + 2.0 * (q[8] + q[9]);
+    const double products[4] = {q[4], q[4] + q[5], q[4] + q[5] + q[6], one + q[7] + q[8]};
+    const double squares[4] = {q[0] * one, q[0] * two, q[0] * three, one * three};
+    for (int k = 0; k < 4; ++k) {
+      const double sharp = squares[k] > 0.0 ? 10.0 * (products[k] / std::sqrt(squares[k])) : 0.0;
       out[k * tensors + s] = sharp / (1.0 + std::fabs(sharp));
     }
+  }
 }
 
 // Back through `steps` steps of n coordinates with one theta. Row t of grads and cotangents starts t * ld floats further
 // on; state rows are state_ld apart. With `summed` the cotangent of an update is the sum of its row and all later
 // ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.
 int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
-                  const float* v, const float* step, int shared_step, const double* betas, float eps, float range,
-                  float growth, float most_grown, const unsigned char* active, const float* hidden, const float* cells,
+                  const float* v, const float* step, int shared_step, const double* betas, float ratio, float eps,
+                  float range, float growth, float most_grown, const unsigned char* active, const float* hidden,
+                  const float* cells,
                   const float* log_size, long state_ld, const float* cotangents, long cotangent_ld, int summed,
                   const float* hidden_in, const float* cells_in, const float* log_in, float* hidden_out,
                   float* cells_out, float* log_out, float* x_out, const float* context, long tensors, const int* tensor,
@@ -988,7 +1012,8 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
   int failed = !weights || !parts;
   if (!failed) {
     fill(*weights, theta);
-    const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, eps, range, active, log_size, growth, most_grown,
+    const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, ratio, eps, range, active, log_size, growth,
+                    most_grown,
                     context, tensors, tensor};
     const Outward outward{hidden_in, cells_in, hidden_out, cells_out, x_out, log_in, log_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && groups > 1)

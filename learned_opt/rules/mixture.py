@@ -13,9 +13,9 @@ which memory to trust.
 With `growth`, one more output y₅ makes the step grow or shrink for good: its size has another factor exp(sₜ), where
 sₜ = sₜ₋₁ + growth·tanh(y₅), so that steps find their scale wherever it lies. y₅ and the LSTM are told how well the
 gradient of the *whole tensor* agrees with its momenta (`features.agreement`), and y₅ begins as half of the agreement
-with each of the slower two, less a tenth: steps grow while gradients go on as before, and shrink where they turn. That
-much is the idea of Rprop (Riedmiller and Braun 1993) and of hypergradients (Baydin et al. 2018); when, by how much, and
-for how long it is right is learned.
+with the faster two and with all three, less a tenth: steps grow while gradients go on as before, and shrink where they
+turn. That much is the idea of Rprop (Riedmiller and Braun 1993) and of hypergradients (Baydin et al. 2018); when, by
+how much, and for how long it is right is learned.
 
 Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction times the exponential
 of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
@@ -55,8 +55,9 @@ class MixtureRuleConfig(RuleConfig):
 
     Attributes:
         fast, medium, slow: decays of the three averages of the gradient, each in [0, 1).
-        square, slow_square: decays of the average square that normalizes, and of the one it is compared with, each in
-            [0, 1).
+        square, recent_square: decays of the average square that normalizes, and of the recent one that it is compared
+            with, each in [0, 1).
+        square_ratio: the most that the average square may be of the recent one, at least 1.
         eps: added to the root of the average square, positive.
         hidden_size: units of the LSTM, at least 1.
         output_scale: the step that all is relative to, positive, in units of the parameters.
@@ -74,7 +75,8 @@ class MixtureRuleConfig(RuleConfig):
     medium: float = 0.99
     slow: float = 0.999
     square: float = 0.99
-    slow_square: float = 0.999
+    recent_square: float = 0.9
+    square_ratio: float = 64.0
     eps: float = 1e-15
     hidden_size: int = 8
     output_scale: float = 0.01
@@ -86,12 +88,14 @@ class MixtureRuleConfig(RuleConfig):
     basis_every: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("fast", "medium", "slow", "square", "slow_square", "basis_decay"):
+        for name in ("fast", "medium", "slow", "square", "recent_square", "basis_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
         for name in ("eps", "output_scale", "range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if not 1 <= self.square_ratio < math.inf:
+            raise ValueError(f"square_ratio must be finite and at least 1; got {self.square_ratio}")
         if not 0 < self.most_grown <= 12:
             raise ValueError(f"most_grown must lie in (0, 12]; got {self.most_grown}")
         if not 0 <= self.growth < math.inf:
@@ -107,7 +111,7 @@ class MixtureRuleConfig(RuleConfig):
     @property
     def betas(self) -> tuple[float, ...]:
         """All decays, in the order of `features.momenta`."""
-        return self.fast, self.medium, self.slow, self.square, self.slow_square
+        return self.fast, self.medium, self.slow, self.square, self.recent_square
 
 
 class MixtureRule(CompiledRule):
@@ -160,7 +164,7 @@ class MixtureRule(CompiledRule):
         return 1 + NUM_DIRECTIONS + (self.config.growth > 0)
 
     def context_terms(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
-        return agreement_terms(grads, state, self.config.square)
+        return agreement_terms(grads, state, self.config.betas, self.config.square_ratio)
 
     def context_of(self, sums: torch.Tensor) -> torch.Tensor:
         kernel = native.kernel(self.native_shape) if native.unrecorded(sums, dtype=torch.float64) else None
@@ -170,7 +174,7 @@ class MixtureRule(CompiledRule):
         kernel = native.kernel(self.native_shape) if native.usable(grads, *state.values()) else None
         if kernel is None:
             return super().context_sums(grads, state, layout)
-        return kernel.context_sums(grads, state, self.config.square, layout)
+        return kernel.context_sums(grads, state, self.native_inputs, layout)
 
     def init_state(
         self, num_coordinates: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -190,7 +194,7 @@ class MixtureRule(CompiledRule):
         context: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Tensors]:
         c = self.config
-        directions, inputs, new_state, active = momenta(grads, state, c.betas, c.eps)
+        directions, inputs, new_state, active = momenta(grads, state, c.betas, c.square_ratio, c.eps)
         told = [grads.new_zeros(NUM_CONTEXT, len(grads)) if context is None else context] if c.growth else []
         joined = torch.cat([inputs, *told, state["hidden"][0]])
         gates = torch.addmm(theta["lstm.0.bias"][:, None], theta["lstm.0.weight"], joined)
@@ -226,7 +230,13 @@ class MixtureRule(CompiledRule):
         """How the kernel turns gradients into inputs."""
         c = self.config
         return native.Inputs(
-            kind="momenta", betas=c.betas, eps=c.eps, log_range=c.range, growth=c.growth, most_grown=c.most_grown
+            kind="momenta",
+            betas=c.betas,
+            square_ratio=c.square_ratio,
+            eps=c.eps,
+            log_range=c.range,
+            growth=c.growth,
+            most_grown=c.most_grown,
         )
 
     @property
@@ -236,7 +246,9 @@ class MixtureRule(CompiledRule):
     def native_rows(
         self, grads: torch.Tensor, state: Tensors, layout: TensorLayout | None
     ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
-        directions, inputs, after, active = momenta(grads, state, self.config.betas, self.config.eps)
+        directions, inputs, after, active = momenta(
+            grads, state, self.config.betas, self.config.square_ratio, self.config.eps
+        )
         told = self.context_rows(grads, state, layout)
         if told is None:
             told = grads.new_zeros(self.num_context, len(grads))

@@ -77,6 +77,7 @@ class Inputs:
         kind: "normalized", "log_and_sign", "momenta", or "given": the inputs themselves (and directions, below them)
             are passed instead of gradients.
         betas: decays of the averages: one with "normalized", five with "momenta".
+        square_ratio: of "momenta".
         eps: of "normalized" and "momenta".
         log_range: of "log_and_sign"; with directions, bound of the logarithm of a step.
         growth: the most that "log_size" changes by in a step.
@@ -85,6 +86,7 @@ class Inputs:
 
     kind: str
     betas: tuple[float, ...] = ()
+    square_ratio: float = 1.0
     eps: float = 0.0
     log_range: float = 1.0
     growth: float = 0.0
@@ -190,6 +192,7 @@ class LSTMKernel:
             grads.data_ptr(),
             *calls.averages(before),
             calls.packed(inputs.betas),
+            inputs.square_ratio,
             inputs.eps,
             inputs.log_range,
             inputs.growth,
@@ -309,28 +312,29 @@ class LSTMKernel:
         )
         return out, d_grads
 
-    def context_sums(self, grads: torch.Tensor, state: Tensors, beta: float, layout: TensorLayout) -> torch.Tensor:
-        """The sums [8, tensors] that `features.agreement_terms` describes, in float64.
+    def context_sums(self, grads: torch.Tensor, state: Tensors, inputs: Inputs, layout: TensorLayout) -> torch.Tensor:
+        """The sums [10, tensors] that `features.agreement_terms` describes, in float64.
 
         Args:
             grads: [n].
             state: with "m" [3, n] and "v" [2, n].
-            beta: decay of the first of v.
+            inputs: of kind "momenta".
             layout: of the n coordinates.
         """
         calls.check(grads)
         rows, spacing = calls.in_rows({"m": state["m"], "v": state["v"]}, grads.shape[0])
         bounds = calls.bounds(layout)
-        sums = grads.new_empty(8, len(bounds) - 1, dtype=torch.float64)
+        sums = grads.new_empty(10, len(bounds) - 1, dtype=torch.float64)
         grads = grads.contiguous()
         self._context(
-            *(grads.data_ptr(), rows["m"].data_ptr(), rows["v"].data_ptr(), spacing, beta),
+            *(grads.data_ptr(), rows["m"].data_ptr(), rows["v"].data_ptr(), spacing),
+            *(*inputs.betas[3:], inputs.square_ratio),
             *(bounds.data_ptr(), len(bounds) - 1, sums.data_ptr(), calls.threads()),
         )
         return sums
 
     def agreement(self, sums: torch.Tensor) -> torch.Tensor:
-        """`features.agreement` of such sums, float64 [8, tensors] on the CPU: float64 [4, tensors]."""
+        """`features.agreement` of such sums, float64 [10, tensors] on the CPU: float64 [4, tensors]."""
         out = sums.new_empty(4, sums.shape[1])
         self._agreement(sums.contiguous().data_ptr(), sums.shape[1], out.data_ptr())
         return out
@@ -365,6 +369,7 @@ class LSTMKernel:
             ld,
             *averages,
             calls.packed(inputs.betas),
+            inputs.square_ratio,
             inputs.eps,
             inputs.log_range,
             inputs.growth,

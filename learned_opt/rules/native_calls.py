@@ -20,17 +20,21 @@ def declare(library: ctypes.CDLL) -> None:
     """Say what the functions of `lstm_kernel.cpp` take and return."""
     pointer, long, integer, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
     three = (pointer, pointer, pointer)  # the averages with the step count, or what is of `NETWORK_STATE`
+    five = (real,) * 5  # the numbers of `native.Inputs`
     library.lstm_step.argtypes = [
-        *(pointer, long, long, integer, pointer, *three, integer, pointer, real, real, real, real),
+        *(pointer, long, long, integer, pointer, *three, integer, pointer, *five),
         *(*three, long, pointer, pointer, *three, long, pointer, long, pointer, real, pointer, integer),
     ]
     library.lstm_backward.argtypes = [
-        *(pointer, long, integer, integer, pointer, long, *three, integer, pointer, real, real, real, real),
+        *(pointer, long, integer, integer, pointer, long, *three, integer, pointer, *five),
         *(pointer, *three, long, pointer, long, integer, *three, *three, pointer),
         *(pointer, long, pointer, real, pointer, integer),
     ]
     library.lstm_pack.argtypes = [pointer, long, pointer]
-    library.lstm_context.argtypes = [*three, long, ctypes.c_double, pointer, long, pointer, integer]
+    library.lstm_context.argtypes = [
+        *(*three, long, ctypes.c_double, ctypes.c_double, real),
+        *(pointer, long, pointer, integer),
+    ]
     library.lstm_agreement.argtypes = [pointer, long, pointer]
     library.lstm_normalized_back.argtypes = [
         *(pointer, pointer, pointer, pointer, ctypes.c_double, real, long),
