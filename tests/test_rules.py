@@ -571,6 +571,22 @@ def test_gradients_that_shrink_soon_make_whole_steps_again():
     assert found[359, 2:].tolist() == pytest.approx([0.125] * 2)  # what was averaged for long does not rule
 
 
+@pytest.mark.usefixtures("kernels")
+def test_what_gets_no_more_gradients_comes_to_rest():
+    """A row of an embedding that is in no further batch: it moves on for as long as the fastest squares remember."""
+    rule = rules.get("mixture")
+    theta = {n: v.float() for n, v in theta_of(rule).items()}
+    theta["output.weight"].zero_()
+    theta["output.bias"].copy_(torch.tensor([0.0, 0.0, -1.0, -1.0, -1.0]))
+    state, zeros, updates = rule.init_state(1), torch.zeros(1), []
+    for step in range(400):
+        grads = torch.full((1,), (1.0 + step % 3) * (step < 100))
+        update, state = rule.update(theta, grads, zeros, state)
+        updates.append(abs(float(update)))
+    assert updates[99] > 0.02  # three directions of some 0.01
+    assert sum(updates[100:]) < 30 * updates[99] and max(updates[300:]) < 1e-3 * updates[99]
+
+
 def test_what_a_rule_is_told_by_default_is_nothing():
     rule, grads = rules.get("paced"), grads_of()
     theta, state, params = theta_of(rule), rule.init_state(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)

@@ -349,7 +349,7 @@ inline void correct(const Averages& a, bool same, double beta, float* __restrict
 // See `features.bounded_square` in Python.
 inline float bounded(float average, float recent, float grad, float ratio) {
   const float most = ratio * recent;
-  return average < most || grad == 0.0f || recent == 0.0f ? average : most;
+  return (average < most) | (grad == 0.0f) | (recent == 0.0f) ? average : most;
 }
 inline float within(float x, float most) { return x > most ? most : x < -most ? -most : x; }  // NaN stays
 
