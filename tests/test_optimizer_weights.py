@@ -90,7 +90,7 @@ def test_name_and_hash_travel_in_the_state():
     assert optimizer.state_dict()["param_groups"][0]["weights"] == f"compact@{COMPACT.hash[:16]}"
 
 
-def unchanged(optimizer, model, load, message):
+def assert_refused(optimizer, model, load, message):
     before, state = copies(model.parameters()), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=message):
         load()
@@ -104,7 +104,7 @@ def test_state_of_other_weights_is_refused():
     train(other, theirs, 1)
     optimizer = LearnedOptimizer(model.parameters(), COMPACT)
     train(model, optimizer, 1)
-    unchanged(
+    assert_refused(
         optimizer,
         model,
         lambda: optimizer.load_state_dict(theirs.state_dict()),
@@ -142,7 +142,7 @@ def test_state_of_another_model_or_optimizer_is_refused(change, message):
     saved = copy.deepcopy(optimizer.state_dict())
     saved["param_groups"][0]["lr"] = 0.5
     change(saved["state"][0])
-    unchanged(optimizer, model, lambda: optimizer.load_state_dict(saved), message)
+    assert_refused(optimizer, model, lambda: optimizer.load_state_dict(saved), message)
 
 
 def test_state_of_adam_is_refused():
@@ -150,7 +150,9 @@ def test_state_of_adam_is_refused():
     adam = torch.optim.Adam(model.parameters())
     train(model, adam, 1)
     optimizer = LearnedOptimizer(model.parameters(), COMPACT)
-    unchanged(optimizer, model, lambda: optimizer.load_state_dict(adam.state_dict()), "parameter 0 has no 'hidden.0.0'")
+    assert_refused(
+        optimizer, model, lambda: optimizer.load_state_dict(adam.state_dict()), "parameter 0 has no 'hidden.0.0'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_state_of_other_groups_is_refused(groups):
     optimizer = LearnedOptimizer(model.parameters(), COMPACT)
     train(model, optimizer, 1)
     other = LearnedOptimizer(groups(model), COMPACT)
-    unchanged(optimizer, model, lambda: optimizer.load_state_dict(other.state_dict()), "parameter group")
+    assert_refused(optimizer, model, lambda: optimizer.load_state_dict(other.state_dict()), "parameter group")
 
 
 # Arguments.

@@ -536,6 +536,8 @@ def test_agreement_of_sums():
     np.testing.assert_allclose(agreement(sums).numpy(), 10 * c / (1 + 10 * abs(c)), rtol=1e-12)
     alone = torch.tensor([4.0, 9.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     assert agreement(alone).tolist() == pytest.approx([5 / 6] * 3 + [10 / 11])  # the cosine is a half
+    tiny_and_huge = torch.tensor([4.0, 0.0, 1e-200, 1e200, 0.0, 1e-100, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert agreement(tiny_and_huge).tolist() == pytest.approx([0.0, 10 * 0.5 / 6, 0.0, 0.0])
     cancels = torch.tensor([4.0, 9.0, 9.0, 0.0, 3.0, -3.0, 0.0, -9.0, 0.0, 0.0], dtype=torch.float64)
     assert agreement(cancels).tolist() == pytest.approx([5 / 6, 0.0, 0.0, 0.0])  # the slower undoes the faster
     assert agreement(torch.zeros(10, 2)).equal(torch.zeros(4, 2))
@@ -551,9 +553,9 @@ def test_terms_of_agreement():
 
 
 def test_what_normalizes_is_bounded_by_what_gradients_have_been_of_late():
-    average, recent = torch.tensor([8.0, 8.0, 8.0, 8.0, math.nan]), torch.tensor([1.0, 4.0, 1.0, 0.0, 1.0])
+    average, recent = torch.tensor([8.0, 8.0, 8.0, 8.0, math.nan]), torch.tensor([1.0, 4.0, 1.0, 0.0, math.nan])
     got = bounded_square(average, recent, torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]), 3.0)
-    assert got[:4].tolist() == [3.0, 8.0, 8.0, 8.0]
+    assert got[:4].tolist() == [3.0, 8.0, 8.0, 8.0] and got[4].isnan()
 
 
 def test_gradients_that_shrink_soon_make_whole_steps_again():
@@ -769,6 +771,8 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("compact", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ("compact", {"hidden_size": 0}, "hidden_size must be at least 1; got 0"),
         ("paced", {"growth": -0.1}, "growth must be finite and not negative; got -0.1"),
+        ("mixture", {"square_ratio": 0.5}, "square_ratio must be finite and at least 1; got 0.5"),
+        ("mixture", {"square_ratio": math.inf}, "square_ratio must be finite and at least 1; got inf"),
         ("paced", {"most_grown": 0.0}, r"most_grown must lie in \(0, 12\]; got 0.0"),
         ("paced", {"most_grown": 12.5}, r"most_grown must lie in \(0, 12\]; got 12.5"),
         ("mixture", {"growth": math.inf}, "growth must be finite and not negative; got inf"),

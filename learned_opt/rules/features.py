@@ -116,16 +116,20 @@ def momenta(
     active = v[0] != 0
     average, recent = torch.where(active, v / correction[NUM_MOMENTA:], 1.0)
     scale = 1 / (bounded_square(average, recent, grads, ratio).sqrt() + eps)
-    most = _root(recent) * scale
-    first, *slower = m / correction[:NUM_MOMENTA] * scale
-    directions = torch.stack([grads * scale, first, *(one.clamp(-most, most) for one in slower)])
-    products = torch.cat([directions[0] * directions, first * directions[2:]])
-    now_squared, agreements = products[:1], products[1:]
-    agreement = torch.cat([agreements, now_squared])
-    agreement = agreement / (1 + agreement.abs())
+    directions = _scaled(grads, m / correction[:NUM_MOMENTA], recent, scale)
+    now, first = directions[:2]
+    products = torch.cat([now * directions[1:], first * directions[2:], (now * now)[None]])
+    agreement = products / (1 + products.abs())
     trend = (average - recent) / (average + recent)
     inputs = torch.cat([directions[1:].abs(), agreement, trend[None]])
     return directions, inputs, {"m": m, "v": v, "step": step}, active
+
+
+def _scaled(grads: torch.Tensor, averages: torch.Tensor, recent: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Gradients [n] and their averages [3, n] times scale [n], the two slower ones within ±√recent·scale: [4, n]."""
+    most = _root(recent) * scale
+    first, *slower = averages * scale
+    return torch.stack([grads * scale, first, *(one.clamp(-most, most) for one in slower)])
 
 
 def _root(square: torch.Tensor) -> torch.Tensor:
@@ -158,9 +162,7 @@ def agreement_terms(grads: torch.Tensor, state: Tensors, betas: tuple[float, ...
     square = bounded_square(average, recent, grads, ratio)
     seen = square > 0
     scale = torch.where(seen, square, 1.0).rsqrt()
-    most = _root(recent) * scale
-    a, first, *slower = torch.cat([grads[None], state["m"]]) * scale
-    scaled = torch.stack([a, first, *(one.clamp(-most, most) for one in slower)])
+    scaled = _scaled(grads, state["m"], recent, scale)
     sound = seen & (scaled.detach().abs().sum(0) < _SOUND)  # a comparison that NaN fails
     a, first, second, third = torch.where(sound, scaled, 0.0)
     squares = [a * a, first * first, second * second, third * third]
