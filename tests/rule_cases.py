@@ -45,7 +45,8 @@ def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> 
     seen = square > 0
     vectors = [vector[seen] / square[seen].sqrt() for vector in (grads, *state["m"])]
     most = (recent[seen] / square[seen]).sqrt()
-    now, first, second, third = *vectors[:2], *(vector.minimum(most).maximum(-most) for vector in vectors[2:])
+    fade = lambda x: torch.where(x.abs() > most, most * most / x, x)  # noqa: E731
+    now, first, second, third = *vectors[:2], *(fade(vector) for vector in vectors[2:])
     both, all_three = first + second, first + second + third
     cosines = []
     for one, other in ((now, first), (now, both), (now, all_three), (first, all_three)):
@@ -163,7 +164,7 @@ def bases_by_hand(rule: UpdateRule, shapes: list[tuple[int, ...]]) -> BasesByHan
 
 
 def loud(theta: Tensors, generator: torch.Generator) -> Tensors:
-    """Theta whose growth, if it has any, hears all of its context and of the network."""
+    """Theta whose growth, if it has any, hears all of its inputs and of the network."""
     if "output.skip" not in theta:
         return theta
     weight, skip = theta["output.weight"].clone(), theta["output.skip"]

@@ -167,7 +167,7 @@ def test_a_family_s_code_and_data_are_part_of_its_fingerprint():
     assert len(prints) == 5
 
 
-def test_a_comparison_computes_only_what_changed(tmp_path):
+def test_a_comparison_computes_only_what_changed(tmp_path, monkeypatch):
     config = EvaluationConfig(horizon=10, num_tasks=2, seeds=(0,), num_validation_tasks=2, num_resamples=20)
     families = {"one": Parabola(), "two": Parabola(curvature=3.0)}
     rule = rules.get("adam", lr=0.1)
@@ -189,6 +189,11 @@ def test_a_comparison_computes_only_what_changed(tmp_path):
     assert (found.num_found, found.num_computed) == (made.num_computed - 2, 2)
     assert changed.result("one", "adam") == first.result("one", "adam")
     assert changed.result("one", "learned") != first.result("one", "learned")
+    # The code of the rules is part of a learned optimizer's name, and of no other's.
+    monkeypatch.setattr(cache, "_sources_of_rules", lambda: "other code")
+    _, found = go(theta, "adam", "adam_default")
+    assert (found.num_found, found.num_computed) == (made.num_computed - 2, 2)
+    monkeypatch.undo()
     _, more = go(theta, "adam", families={**families, "three": Parabola(curvature=0.3)})
     assert more.num_computed >= 3 and more.num_found == made.num_computed - 2
 
@@ -199,3 +204,16 @@ def test_the_default_folder_is_the_user_s(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_folder() == tmp_path / "home" / ".cache" / "learned_opt" / "runs"
+
+
+def test_the_code_of_rules_is_all_of_it(tmp_path, monkeypatch):
+    folder = tmp_path / "rules"
+    folder.mkdir()
+    for name, text in (("__init__.py", "one"), ("kernel.cpp", "two"), ("notes.txt", "three")):
+        (folder / name).write_text(text)
+    monkeypatch.setattr(cache.rules, "__file__", str(folder / "__init__.py"))
+    hashes = [cache._sources_of_rules.__wrapped__()]
+    for name in ("__init__.py", "kernel.cpp", "notes.txt"):
+        (folder / name).write_text("changed")
+        hashes.append(cache._sources_of_rules.__wrapped__())
+    assert len(set(hashes)) == 3 and hashes[2] == hashes[3]  # notes are no code

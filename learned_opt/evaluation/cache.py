@@ -2,8 +2,9 @@
 
 A run is named by a hash of all that decides its numbers: the family (its configuration, and what it draws and computes
 for a sample task), the optimizer (its functions with their settings and the source files they stand in; for a learned
-one, rule and theta), learning rates, split, seeds, number of tasks, horizon, number type, kind of device, torch's
-version, and the version of this module's format. Any of them changed, and the run is another one.
+one, rule and theta, and all source files of the rules), learning rates, split, seeds, number of tasks, horizon, number
+type, kind of device, torch's version, and the version of this module's format. Any of them changed, and the run is
+another one.
 
 An entry is one safetensors file, written whole or not at all. One that cannot be read, holds other tensors than it
 says, or belongs to another key is computed again and replaced. A run whose optimizer is a lambda or a function inside
@@ -23,9 +24,11 @@ from typing import Any
 
 import torch
 
+from learned_opt import rules, turning
 from learned_opt.batched import BatchedFamily
 from learned_opt.evaluation.runs import Runs
 from learned_opt.files import write_atomically
+from learned_opt.rules.base import UpdateRule
 from learned_opt.task import SPLITS, TaskFamily, Tensors, draw_batches, draw_task, task_seed
 
 CACHE_VERSION = 1
@@ -240,6 +243,22 @@ def _read(path: Path, key: str) -> Runs | None:
     return runs if metadata.get("content") == _content(runs) else None
 
 
-def learned_name(kind: str, settings: Mapping[str, Any], content_hash: str) -> dict[str, Any]:
-    """How a learned optimizer is named in a key."""
-    return {"rule": kind, "settings": dict(settings), "hash": content_hash}
+def learned_name(rule: UpdateRule, content_hash: str) -> dict[str, Any]:
+    """How a learned optimizer is named in a key: by what it is, and by the code that computes its steps."""
+    return {
+        "rule": rule.kind,
+        "settings": rule.settings(),
+        "hash": content_hash,
+        "class": type(rule),
+        "sources": _sources_of_rules(),
+    }
+
+
+@functools.cache
+def _sources_of_rules() -> str:
+    """A hash of the source files that update rules are made of, kernels included."""
+    folder, digest = Path(rules.__file__).parent, hashlib.sha256()
+    paths = [path for path in folder.iterdir() if path.suffix in (".py", ".cpp")]
+    for path in [*sorted(paths), Path(turning.__file__)]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()

@@ -283,7 +283,7 @@ def _run(
         if cache is None:
             return None, compute()
         kind, settings = candidate.rule.kind, candidate.rule.settings()
-        what = learned_name(kind, settings, content_hash(kind, settings, candidate.theta, initial))
+        what = learned_name(candidate.rule, content_hash(kind, settings, candidate.theta, initial))
         return None, cache.run(batched, what, "meta_test", config.seeds, config.num_tasks, horizon, compute)
     tuning = tune(
         candidate,

@@ -92,7 +92,8 @@ def momenta(
     """Directions d₀ = g/√s and dᵢ = m̂ᵢ/√s for three averages, and what tells how well they agree.
 
     s is the average v̂ of g², bounded by what it has been of late (`bounded_square`, with the average ŵ over fewer
-    steps). d₂ and d₃ stay within ±√(ŵ/s): what was averaged over many steps counts for no more than gradients are now.
+    steps). d₂ and d₃ fade where they are larger than r = √(ŵ/s): there they are r²/d instead of d. What was averaged
+    over many steps and is larger than gradients are now is old, the more so the larger it is.
 
     The second result is the same for g and −g: |dᵢ| (how consistent the gradient has been), s(d₀·dᵢ) (whether it goes
     on as before), s(d₁·d₂) and s(d₁·d₃) (whether short and long memory agree), s(d₀²) (how large it is for its like),
@@ -126,10 +127,16 @@ def momenta(
 
 
 def _scaled(grads: torch.Tensor, averages: torch.Tensor, recent: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Gradients [n] and their averages [3, n] times scale [n], the two slower ones within ±√recent·scale: [4, n]."""
+    """Gradients [n] and averages [3, n] times scale [n], the two slower ones faded beside √recent·scale: [4, n]."""
     most = _root(recent) * scale
     first, *slower = averages * scale
-    return torch.stack([grads * scale, first, *(one.clamp(-most, most) for one in slower)])
+    return torch.stack([grads * scale, first, *(_faded(one, most) for one in slower)])
+
+
+def _faded(values: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """x within ±most, and beyond it most²/x."""
+    beyond = values.abs() > most  # what is not a number stays
+    return torch.where(beyond, most * (most / torch.where(beyond, values, 1.0)), values)
 
 
 def _root(square: torch.Tensor) -> torch.Tensor:
@@ -148,7 +155,7 @@ def agreement_terms(grads: torch.Tensor, state: Tensors, betas: tuple[float, ...
     """The products that `agreement` needs summed over a tensor's coordinates, [10, n].
 
     With a = g/√s and bᵢ = mᵢ/√s, where m are the averages before the step, s is the average square after it, bounded by
-    the recent one w, and b₂ and b₃ stay within ±√(w/s), as in `momenta`: a², b₁², b₂², b₃², a·b₁, a·b₂, a·b₃, b₁·b₂,
+    the recent one w, and b₂ and b₃ fade beyond ±√(w/s), as in `momenta`: a², b₁², b₂², b₃², a·b₁, a·b₂, a·b₃, b₁·b₂,
     b₁·b₃, b₂·b₃. Coordinates that have seen no gradient count zero, and so do those where something is not finite: one
     bad number must not spoil the others.
 

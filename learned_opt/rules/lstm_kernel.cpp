@@ -12,7 +12,7 @@
 // Set by the compiler's command line: HIDDEN, LAYERS, DENSE (0 for none), FEATURES, OUTPUT_TANH (0 or 1),
 // DIRECTIONS: 0 where the one output is the update, else how many directions the update is mixed from, and CONTEXT: how
 // many of the features are of the whole parameter tensor and are given. With CONTEXT there is one more output, and
-// weights from the context to it, output.skip [CONTEXT], at the end of theta: it makes the mixed step grow or shrink
+// weights from the features to it, output.skip [FEATURES], at the end of theta: it makes the mixed step grow or shrink
 // from one time to the next.
 
 #include <cmath>
@@ -43,6 +43,7 @@ typedef float Vec __attribute__((vector_size(LANES * sizeof(float)), aligned(LAN
 typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
 constexpr bool GROWS = CONTEXT > 0;
+constexpr int SKIPS = GROWS ? FEATURES : 0;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
 constexpr float MOST_SHRUNK = 12.0f;              // bound of the logarithm that a step has shrunk by
 constexpr int ROWS = FEATURES + DIRECTIONS;      // what is computed from the gradients, or given
@@ -249,7 +250,7 @@ constexpr Offsets offsets() {
   o.output_bias = o.size + OUTPUTS * HIDDEN;
   o.size += OUTPUTS * (HIDDEN + 1);
   o.skip = o.size;
-  o.size += CONTEXT;
+  o.size += SKIPS;
   return o;
 }
 constexpr Offsets AT = offsets();
@@ -261,7 +262,7 @@ struct Weights {
   float forward[LAYERS][GATES * (WIDEST + HIDDEN)];
   float bias[LAYERS][GATES];
   float backward[LAYERS][GATES * (WIDEST + HIDDEN)];
-  float output[OUTPUTS * HIDDEN], output_bias[OUTPUTS], skip[CONTEXT + 1];
+  float output[OUTPUTS * HIDDEN], output_bias[OUTPUTS], skip[SKIPS + 1];
 };
 
 void fill(Weights& w, const float* theta) {
@@ -283,7 +284,7 @@ void fill(Weights& w, const float* theta) {
   }
   std::memcpy(w.output, theta + AT.output_weight, sizeof w.output);
   std::memcpy(w.output_bias, theta + AT.output_bias, sizeof w.output_bias);
-  std::memcpy(w.skip, theta + AT.skip, CONTEXT * sizeof(float));
+  std::memcpy(w.skip, theta + AT.skip, SKIPS * sizeof(float));
 }
 
 // ------------------------------------------------------------------------------------------------- what a rule sees
@@ -351,7 +352,8 @@ inline float bounded(float average, float recent, float grad, float ratio) {
   const float most = ratio * recent;
   return (average < most) | (grad == 0.0f) | (recent == 0.0f) ? average : most;
 }
-inline float within(float x, float most) { return x > most ? most : x < -most ? -most : x; }  // NaN stays
+// See `features._faded` in Python.
+inline float faded(float x, float most) { return std::fabs(x) > most ? most * (most / x) : x; }  // NaN stays
 
 // See `features.momenta` in Python: normalized gradient and momenta are the directions, and what is the same for g and -g
 // is the network's input.
@@ -375,8 +377,8 @@ inline void momenta(const Inputs& in, const float* __restrict g, bool same, Aver
       const float scale = 1.0f / (std::sqrt(idle ? 1.0f : square) + in.eps);
       const float most = idle ? 0.0f : std::sqrt(recent) * scale;
       const float d0 = g[j] * scale, d1 = a.m[0][j] / correction[0][j] * scale,
-                  d2 = within(a.m[1][j] / correction[1][j] * scale, most),
-                  d3 = within(a.m[2][j] / correction[2][j] * scale, most);
+                  d2 = faded(a.m[1][j] / correction[1][j] * scale, most),
+                  d3 = faded(a.m[2][j] / correction[2][j] * scale, most);
       directions[j] = d0;
       directions[WIDTH + j] = d1;
       directions[2 * WIDTH + j] = d2;
@@ -485,7 +487,7 @@ inline void cell(float* __restrict gates, const float* before, float* after, flo
 // The outputs [OUTPUTS, WIDTH] of the network, and the update they make, before `scale` unless it is mixed. Mixed: the
 // first output is the logarithm of the step's size, held within ±range, the next are the shares of the directions, and
 // with GROWS the last changes log_size, which stays as it is where a coordinate may not move. `size` [WIDTH] is what
-// the mixture is multiplied by. The context's rows lie before the directions. The last row of y is left as the
+// the mixture is multiplied by. The features' rows lie before the directions. The last row of y is left as the
 // derivative of log_size, and as zero where its bound is met.
 inline void read_out(const Weights& w, const float* top, const float* directions, const Inputs& in, float scale,
                      const float* __restrict active, float* __restrict y, float* __restrict log_size,
@@ -497,7 +499,7 @@ inline void read_out(const Weights& w, const float* top, const float* directions
       if (OUTPUT_TANH) sum = smaller(larger(tanh_(sum), splat(-1.0f)), splat(1.0f));
       if (DIRECTIONS && o == 0) sum = tanh_(sum / in.range);  // kept as it is for the way back
       if (GROWS && o == OUTPUTS - 1) {
-        for (int c = 0; c < CONTEXT; ++c) sum += w.skip[c] * load(directions + (c - CONTEXT) * WIDTH + v * LANES);
+        for (int f = 0; f < SKIPS; ++f) sum += w.skip[f] * load(directions + (f - SKIPS) * WIDTH + v * LANES);
         sum = tanh_(sum);
       }
       store(y + o * WIDTH + v * LANES, sum);
@@ -582,7 +584,7 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
 struct Sums {
   alignas(64) float dense[(DENSE * FEATURES + 1) * LANES], dense_bias[(DENSE + 1) * LANES];
   alignas(64) float weight[LAYERS][GATES * (WIDEST + HIDDEN) * LANES], bias[LAYERS][GATES * LANES];
-  alignas(64) float output[OUTPUTS * HIDDEN * LANES], output_bias[OUTPUTS * LANES], skip[(CONTEXT + 1) * LANES];
+  alignas(64) float output[OUTPUTS * HIDDEN * LANES], output_bias[OUTPUTS * LANES], skip[(SKIPS + 1) * LANES];
 };
 
 // The rows of a run of steps that one block keeps; sizes in floats.
@@ -723,11 +725,11 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
       for (int v = 0; v < VECTORS; ++v) s += load(y + o * WIDTH + v * LANES);
       store(sums.output_bias + o * LANES, s);
     }
-    for (int c = 0; c < CONTEXT; ++c) {
-      Vec s = load(sums.skip + c * LANES);
+    for (int f = 0; f < SKIPS; ++f) {
+      Vec s = load(sums.skip + f * LANES);
       for (int v = 0; v < VECTORS; ++v)
-        s += load(y + (OUTPUTS - 1) * WIDTH + v * LANES) * load(directions + (c - CONTEXT) * WIDTH + v * LANES);
-      store(sums.skip + c * LANES, s);
+        s += load(y + (OUTPUTS - 1) * WIDTH + v * LANES) * load(directions + (f - SKIPS) * WIDTH + v * LANES);
+      store(sums.skip + f * LANES, s);
     }
     for (int h = 0; h < HIDDEN; ++h)
       for (int v = 0; v < VECTORS; ++v) {
@@ -783,9 +785,8 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
       }
     }
     if (outward.x_out)
-      for (int c = 0; c < CONTEXT; ++c)
-        for (int j = 0; j < WIDTH; ++j)
-          d_x[(FEATURES - CONTEXT + c) * WIDTH + j] += w.skip[c] * y[(OUTPUTS - 1) * WIDTH + j];
+      for (int f = 0; f < SKIPS; ++f)
+        for (int j = 0; j < WIDTH; ++j) d_x[f * WIDTH + j] += w.skip[f] * y[(OUTPUTS - 1) * WIDTH + j];
     if (outward.x_out)
       for (int f = 0; f < FEATURES; ++f)
         store_row(d_x + f * WIDTH, width, outward.x_out + (ptrdiff_t(t - slot) * ROWS + f) * ld + column);
@@ -839,7 +840,7 @@ void reduce(const Sums& sums, float* out) {  // [AT.size]
   }
   reduce(sums.output, OUTPUTS * HIDDEN, out + AT.output_weight);
   reduce(sums.output_bias, OUTPUTS, out + AT.output_bias);
-  reduce(sums.skip, CONTEXT, out + AT.skip);
+  reduce(sums.skip, SKIPS, out + AT.skip);
 }
 
 constexpr size_t ALIGNMENT = 64;
@@ -931,7 +932,7 @@ void lstm_normalized_back(const float* grads, const float* m, const float* v, co
 // Sums over the coordinates of every tensor, bounds [tensors + 1] telling where each begins, of
 // a², b₁², b₂², b₃², a b₁, a b₂, a b₃, b₁ b₂, b₁ b₃ and b₂ b₃, where a is the gradient and b the averages of it before the
 // step, all divided by the root of the average square after it, bounded as in `features.bounded_square`, and b₂ and b₃
-// within the root of the recent one. What is not finite is left out. sums [10, tensors].
+// faded beside the root of the recent one. What is not finite is left out. sums [10, tensors].
 void lstm_context(const float* grads, const float* m, const float* v, long ld, double beta, double recent_beta,
                   float ratio, const long* bounds, long tensors, double* sums, int threads) {
   const float keep = float(beta), rest = float(1.0 - beta);
@@ -953,7 +954,7 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, d
           const float square = bounded(x[4][j] * keep + now * rest, recent, x[0][j], ratio);
           const float scale = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f, most = std::sqrt(recent) * scale;
           float a = x[0][j] * scale, b1 = x[1][j] * scale;
-          float b2 = within(x[2][j] * scale, most), b3 = within(x[3][j] * scale, most);
+          float b2 = faded(x[2][j] * scale, most), b3 = faded(x[3][j] * scale, most);
           const bool sound = std::fabs(a) + std::fabs(b1) + std::fabs(b2) + std::fabs(b3) < 1e15f;
           a = sound ? a : 0.0f;
           b1 = sound ? b1 : 0.0f;

@@ -11,11 +11,12 @@ so that it turns with the gradient's sign by construction, and its size may rang
 which memory to trust.
 
 With `growth`, one more output y₅ makes the step grow or shrink for good: its size has another factor exp(sₜ), where
-sₜ = sₜ₋₁ + growth·tanh(y₅), so that steps find their scale wherever it lies. y₅ and the LSTM are told how well the
-gradient of the *whole tensor* agrees with its momenta (`features.agreement`), and y₅ begins as half of the agreement
-with the faster two and with all three, less a tenth: steps grow while gradients go on as before, and shrink where they
-turn. That much is the idea of Rprop (Riedmiller and Braun 1993) and of hypergradients (Baydin et al. 2018); when, by
-how much, and for how long it is right is learned.
+sₜ = sₜ₋₁ + growth·tanh(y₅), so that steps find their scale wherever it lies. The LSTM is told how well the gradient
+of the *whole tensor* agrees with its momenta (`features.agreement`), and y₅ hears that, and all that the LSTM hears of
+the coordinate, directly, too. It begins as half of the tensor's agreement with the faster two and with all three, a
+quarter of that with the fastest, half of the coordinate's own with the fastest, less a fifth: steps grow while
+gradients go on as before, and shrink where they turn. That much is the idea of Rprop (Riedmiller and Braun 1993) and of
+hypergradients (Baydin et al. 2018); when, by how much, and for how long it is right is learned.
 
 Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction times the exponential
 of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
@@ -47,6 +48,7 @@ from learned_opt.rules.features import (
 from learned_opt.task import Tensors
 
 _MOST_SHRUNK = 12.0  # the kernel's, too
+_OWN_AGREEMENT = NUM_MOMENTA  # the input that tells whether a coordinate's gradient goes on as its fastest momentum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,8 +153,10 @@ class MixtureRule(CompiledRule):
         if self.config.growth:
             # Without an LSTM's say this is Adam whose steps find their scale.
             theta["output.weight"].zero_()
-            theta["output.bias"][-1] = -0.1  # steps shrink where nothing speaks for longer ones
-            theta["output.skip"] = torch.tensor([0.0, 0.5, 0.5, 0.0])
+            theta["output.bias"][-1] = -0.2  # steps shrink where nothing speaks for longer ones
+            theta["output.skip"] = torch.zeros(self._num_inputs)
+            theta["output.skip"][_OWN_AGREEMENT] = 0.5
+            theta["output.skip"][NUM_EVEN:] = torch.tensor([0.25, 0.5, 0.5, 0.0])
         return theta
 
     @property
@@ -205,7 +209,7 @@ class MixtureRule(CompiledRule):
         new_state |= {"hidden": hidden[None], "cell": cell[None]}
         log_size = (out[0] / c.range).tanh() * c.range
         if c.growth:
-            rate = (out[-1] + theta["output.skip"] @ told[0]).tanh()
+            rate = (out[-1] + theta["output.skip"] @ joined[: self._num_inputs]).tanh()
             grown = (state["log_size"] + c.growth * rate).clamp(-_MOST_SHRUNK, c.most_grown)
             new_state["log_size"] = torch.where(active, grown, state["log_size"])
             log_size = log_size + new_state["log_size"]
