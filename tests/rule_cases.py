@@ -45,7 +45,7 @@ def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> 
     seen = square > 0
     vectors = [vector[seen] / square[seen].sqrt() for vector in (grads, *state["m"])]
     most = (recent[seen] / square[seen]).sqrt()
-    fade = lambda x: torch.where(x.abs() > most, most * most / x, x)  # noqa: E731
+    fade = lambda x: torch.where(x.abs() > most, most**2 / torch.where(x == 0, 1.0, x), x)  # noqa: E731
     now, first, second, third = *vectors[:2], *(fade(vector) for vector in vectors[2:])
     both, all_three = first + second, first + second + third
     cosines = []

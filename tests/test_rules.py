@@ -609,7 +609,7 @@ def test_what_a_rule_is_told_by_default_is_nothing():
 @pytest.mark.usefixtures("kernels")
 def test_a_step_with_its_context_equals_finite_differences(variant):
     rule, sizes = make(variant), (3, 1, N - 4)
-    generator = torch.Generator().manual_seed(8)
+    generator = torch.Generator().manual_seed(9)
     theta, layout = loud(theta_of(rule), generator), TensorLayout(sizes)
     _, state = run(rule, theta, grads_of(seed=9))
     state = {n: v if n != "log_size" else v.clamp(-3, 3) for n, v in state.items()}
