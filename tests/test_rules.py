@@ -609,7 +609,7 @@ def test_what_a_rule_is_told_by_default_is_nothing():
 @pytest.mark.usefixtures("kernels")
 def test_a_step_with_its_context_equals_finite_differences(variant):
     rule, sizes = make(variant), (3, 1, N - 4)
-    generator = torch.Generator().manual_seed(9)
+    generator = torch.Generator().manual_seed(8)
     theta, layout = loud(theta_of(rule), generator), TensorLayout(sizes)
     _, state = run(rule, theta, grads_of(seed=9))
     state = {n: v if n != "log_size" else v.clamp(-3, 3) for n, v in state.items()}
@@ -632,7 +632,7 @@ def test_a_step_with_its_context_equals_finite_differences(variant):
         scale = float(found[where, name].abs().max())
         assert scale > 0
         for index in torch.randperm(tensor.numel(), generator=generator)[:6].tolist():
-            least = 1e-3 if name in ("", "m", "v") else 1.0
+            least = {"": 1e-3, "m": 1e-3, "v": 1e-5}.get(name, 10.0)  # averages of squares may be 1e-8
             width = 1e-6 * max(least, float(tensor.reshape(-1)[index].abs()))
             ends = []
             for sign in (1, -1):
