@@ -21,7 +21,7 @@
 #include <cstring>
 #include <new>
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -40,6 +40,7 @@ constexpr int VECTORS = 2;               // registers that hold one row of a blo
 constexpr int WIDTH = LANES * VECTORS;   // coordinates of a block
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float)), aligned(LANES * sizeof(float)), may_alias));
+typedef float Loose __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
 constexpr bool GROWS = CONTEXT > 0;
@@ -55,8 +56,17 @@ constexpr int joined_of(int layer) { return inputs_of(layer) + HIDDEN; }
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 inline Vec splat(float x) { return x - Vec{}; }
-inline Vec larger(Vec a, Vec b) { return b > a ? b : a; }    // NaN in a stays
-inline Vec smaller(Vec a, Vec b) { return b < a ? b : a; }   // NaN in a stays
+// Of both NaN in a stays. A comparison and a choice are what the compiler makes of the plain form.
+#if defined(__AVX512F__)
+inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a); }
+inline Vec smaller(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)b, (__m512)a); }
+#elif defined(__AVX__)
+inline Vec larger(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)b, (__m256)a); }
+inline Vec smaller(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)b, (__m256)a); }
+#else
+inline Vec larger(Vec a, Vec b) { return b > a ? b : a; }
+inline Vec smaller(Vec a, Vec b) { return b < a ? b : a; }
+#endif
 
 inline Vec divide(Vec a, Vec b) {
 #ifdef __AVX512F__
@@ -99,45 +109,57 @@ inline Vec tanh_(Vec x) {
   return x > 0.0f ? x : negative;
 }
 
-// 2^x for x <= 126, to 2e-7 of its value: the power of the whole part times a polynomial of the rest.
-inline Vec exp2_(Vec x) {
+// x <- 2^x for N vectors, x <= 126, to 2e-7 of its value: the power of the whole part times a polynomial of the rest. Each
+// line waits for the one before it, so that vectors go side by side.
+template <int N>
+inline void exp2_(Vec (&x)[N]) {
 #ifdef __AVX512F__
-  const Vec rest = (Vec)_mm512_reduce_ps((__m512)x, 0x09);  // x - floor(x)
+  constexpr float BY[6] = {0.00187757669f, 0.00898933969f, 0.0558263175f, 0.240153611f, 0.693153083f, 0.99999994f};
 #else
-  x = larger(x, splat(-126.0f));
-  const Vec shifted = (x - 0.5f) + 12582912.0f, rest = x - (shifted - 12582912.0f);  // in [0, 1], whole part in the bits
+  constexpr float BY[6] = {0.00132647273f, 0.00967151299f, 0.0555073358f, 0.240222424f, 0.693147004f, 1.0f};
 #endif
-  Vec p = 0.00187757669f * rest + 0.00898933969f;
-  p = p * rest + 0.0558263175f;
-  p = p * rest + 0.240153611f;
-  p = p * rest + 0.693153083f;
-  p = p * rest + 0.99999994f;
+  Vec rest[N], p[N];
 #ifdef __AVX512F__
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+  for (int k = 0; k < N; ++k) rest[k] = (Vec)_mm512_reduce_ps((__m512)x[k], 0x09);  // x - floor(x)
 #else
-  return (Vec)((Mask)p + ((Mask)shifted << 23));
+  for (int k = 0; k < N; ++k) rest[k] = larger(x[k], splat(-126.0f));
+  for (int k = 0; k < N; ++k) x[k] = rest[k] + 12582912.0f;  // the nearest whole number, in the lowest bits
+  for (int k = 0; k < N; ++k) rest[k] -= x[k] - 12582912.0f;
+#endif
+  for (int k = 0; k < N; ++k) p[k] = BY[0] * rest[k] + BY[1];
+  for (int i = 2; i < 6; ++i)
+    for (int k = 0; k < N; ++k) p[k] = p[k] * rest[k] + BY[i];
+#ifdef __AVX512F__
+  for (int k = 0; k < N; ++k) x[k] = (Vec)_mm512_scalef_ps((__m512)p[k], (__m512)x[k]);
+#else
+  for (int k = 0; k < N; ++k) x[k] = (Vec)((Mask)p[k] + ((Mask)x[k] << 23));
 #endif
 }
 
 // exp(x) for |x| <= 80, to 1e-6 of its value where |x| <= 20.
-[[maybe_unused]] inline Vec exp_(Vec x) { return exp2_(1.44269504f * x); }
+[[maybe_unused]] inline Vec exp_(Vec x) {
+  Vec power[1] = {1.44269504f * x};
+  exp2_(power);
+  return power[0];
+}
 
 // Weights of gates are packed with these factors, so that sigmoid and tanh start from a power of two.
 constexpr float TO_SIGMOID = -1.44269504f, TO_TANH = 2.0f * TO_SIGMOID;
 
-// 1 / (1 + 2^x), which is sigmoid(y) for x = TO_SIGMOID y.
-inline Vec sigmoid_of(Vec x) {
-  const Vec q = 1.0f + exp2_(smaller(x, splat(126.0f)));
+// x <- 1 / (1 + 2^x) for N vectors, which is sigmoid(y) for x = TO_SIGMOID y; tanh(y) is twice that less 1 for x = TO_TANH y.
+template <int N>
+inline void sigmoid_of(Vec (&x)[N]) {
+  for (int k = 0; k < N; ++k) x[k] = smaller(x[k], splat(126.0f));
+  exp2_(x);
+  for (int k = 0; k < N; ++k) x[k] += 1.0f;
 #ifdef __AVX512F__
-  const Vec r = (Vec)_mm512_rcp14_ps((__m512)q);
-  return r * (2.0f - q * r);
+  Vec r[N];
+  for (int k = 0; k < N; ++k) r[k] = (Vec)_mm512_rcp14_ps((__m512)x[k]);
+  for (int k = 0; k < N; ++k) x[k] = r[k] * (2.0f - x[k] * r[k]);
 #else
-  return 1.0f / q;
+  for (int k = 0; k < N; ++k) x[k] = 1.0f / x[k];
 #endif
 }
-
-// tanh(y) for x = TO_TANH y.
-inline Vec tanh_of(Vec x) { return 2.0f * sigmoid_of(x) - 1.0f; }
 
 // ---------------------------------------------------------------------------------------------- matrix products
 
@@ -210,7 +232,7 @@ inline void outer_tile(const float* __restrict a, size_t a_step, const float* __
 // sum [M, N, LANES] += a [steps, M, WIDTH] x b [steps, N, WIDTH] transposed, lane by lane.
 template <int M, int N>
 void outer(const float* a, size_t a_step, const float* b, size_t b_step, int steps, float* sum) {
-  constexpr int R = best_divisor(M, REGISTERS >= 32 ? 5 : 3), C = best_divisor(N, REGISTERS >= 32 ? 5 : 3);
+  constexpr int R = best_divisor(M, 5), C = best_divisor(N, (REGISTERS >= 32 ? 25 : 10) / R);
   for (int r = 0; r < M; r += R) {
     int c = 0;
     const bool whole = r + R <= M;
@@ -318,7 +340,8 @@ constexpr int num_m(int kind) { return kind == MOMENTA ? 3 : kind == NORMALIZED 
 constexpr int num_v(int kind) { return kind == MOMENTA ? 2 : kind == NORMALIZED ? 1 : 0; }
 
 inline void load_row(const float* from, int width, float* to) {
-  if (width == WIDTH) std::memcpy(to, from, WIDTH * sizeof(float));
+  if (width == WIDTH)
+    for (int j = 0; j < WIDTH; j += LANES) store(to + j, *reinterpret_cast<const Loose*>(from + j));
   else
     for (int j = 0; j < WIDTH; ++j) to[j] = j < width ? from[j] : 0.0f;
 }
@@ -330,7 +353,11 @@ inline void fetch_next(const float* row) {
   for (int j = 0; j < WIDTH; j += LINE) __builtin_prefetch(row + WIDTH + j, WRITE);
   __builtin_prefetch(row + 2 * WIDTH - 1, WRITE);
 }
-inline void store_row(const float* from, int width, float* to) { std::memcpy(to, from, width * sizeof(float)); }
+inline void store_row(const float* from, int width, float* to) {
+  if (width == WIDTH)
+    for (int j = 0; j < WIDTH; j += LANES) *reinterpret_cast<Loose*>(to + j) = load(from + j);
+  else std::memcpy(to, from, width * sizeof(float));
+}
 
 void load_averages(const Inputs& in, ptrdiff_t column, int width, Averages& a) {
   if (!num_m(in.kind)) return;
@@ -467,20 +494,25 @@ inline void dense(const Weights& w, const float* x, float* out) {
 
 // Activates gates [4·HIDDEN, WIDTH] in place; new cells, their tanh, and hidden units, each [HIDDEN, WIDTH].
 inline void cell(float* __restrict gates, const float* before, float* after, float* tanh_cell, float* hidden) {
-  for (int i = 0; i < HIDDEN * WIDTH; i += LANES) {
-    float *in = gates + i, *forget = in + HIDDEN * WIDTH, *out = forget + HIDDEN * WIDTH,
-          *candidate = out + HIDDEN * WIDTH;
-    const Vec a = sigmoid_of(load(in)), f = sigmoid_of(load(forget)), o = sigmoid_of(load(out)),
-              g = tanh_of(load(candidate));
-    const Vec c = f * load(before + i) + a * g;
-    const Vec th = tanh_of(TO_TANH * c);
-    store(in, a);
-    store(forget, f);
-    store(out, o);
-    store(candidate, g);
-    store(after + i, c);
-    store(tanh_cell + i, th);
-    store(hidden + i, o * th);
+  constexpr int SIZE = HIDDEN * WIDTH;
+  for (int i = 0; i < SIZE; i += LANES) {
+    Vec x[4];
+    for (int k = 0; k < 4; ++k) x[k] = load(gates + k * SIZE + i);
+    sigmoid_of(x);
+    x[3] = 2.0f * x[3] - 1.0f;
+    store(after + i, x[1] * load(before + i) + x[0] * x[3]);
+    for (int k = 0; k < 4; ++k) store(gates + k * SIZE + i, x[k]);
+  }
+  constexpr int AT_ONCE = HIDDEN % 2 ? VECTORS : 2 * VECTORS;
+  for (int i = 0; i < SIZE; i += AT_ONCE * LANES) {
+    Vec x[AT_ONCE];
+    for (int k = 0; k < AT_ONCE; ++k) x[k] = TO_TANH * load(after + i + k * LANES);
+    sigmoid_of(x);
+    for (int k = 0; k < AT_ONCE; ++k) {
+      x[k] = 2.0f * x[k] - 1.0f;
+      store(tanh_cell + i + k * LANES, x[k]);
+      store(hidden + i + k * LANES, load(gates + 2 * SIZE + i + k * LANES) * x[k]);
+    }
   }
 }
 
@@ -945,7 +977,7 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, d
       float part[10][WIDTH] = {};
       for (long i = start; i < stop; i += WIDTH) {
         const int width = stop - i < WIDTH ? int(stop - i) : WIDTH;
-        float x[6][WIDTH];
+        alignas(64) float x[6][WIDTH];
         load_row(grads + i, width, x[0]);
         for (int k = 0; k < 3; ++k) load_row(m + k * ld + i, width, x[1 + k]);
         for (int k = 0; k < 2; ++k) load_row(v + k * ld + i, width, x[4 + k]);
