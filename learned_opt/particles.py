@@ -231,8 +231,11 @@ def place(batched: BatchedFamily, particles: Particles, initial: torch.Tensor) -
 
 
 def magnitude(losses: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
-    """[P]: |loss| + |gradient|²; finite where both are. Rules average squares, and an infinite one never decays."""
-    return losses.abs() + (grads * grads).sum(1)
+    """|loss| + |gradient|, [..., P], of gradients [..., P, D]; finite where the loss and the squared gradient are.
+
+    Rules average squares, and an infinite one never decays.
+    """
+    return losses.abs() + torch.linalg.vector_norm(grads, dim=-1)
 
 
 def restart(

@@ -2,8 +2,9 @@
 
 Function transforms (`vmap`, `grad`) run through several layers of Python for every operation. `trace` records what
 they do once, for arguments of these shapes, and leaves out what does nothing: views of the shape that is there already,
-first powers, and whatever depends on shapes alone, which is computed once and kept. On the CPU the list is then run by
-TorchScript's interpreter, which takes a fifth of Python's time for an operation. The result computes the same bits.
+first powers, products with ones, and whatever depends on shapes alone, which is computed once and kept. On the CPU the
+list is then run by TorchScript's interpreter, which takes a fifth of Python's time for an operation. The result
+computes the same bits.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def _simplify(module: fx.GraphModule) -> None:
             continue
         if node.op != "call_function":
             continue
-        same = _same_as(node)
+        same = _same_as(node, constants)
         if same is not None:
             node.replace_all_uses_with(same)
             module.graph.erase_node(node)
@@ -117,23 +118,40 @@ def _simplify(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _same_as(node: fx.Node) -> fx.Node | None:
+def _same_as(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> fx.Node | None:
     """The input that this node returns unchanged, if it does."""
+    if node.target is operator.getitem:
+        split = node.args[0]
+        if not isinstance(split, fx.Node) or split.target is not _aten.split_with_sizes.default:
+            return None
+        return split.args[0] if len(split.args[1]) == 1 else None  # type: ignore[arg-type, return-value]
+    if node.target is _aten.mul.Tensor:
+        for one, other in (node.args, node.args[::-1]):
+            if not isinstance(one, fx.Node) or not isinstance(other, fx.Node) or not _alike(other, node):
+                continue
+            if one in constants and (constants[one] == 1).all():
+                return other
+        return None
     if not node.args or not isinstance(source := node.args[0], fx.Node):
         if node.target is _aten.cat.default and len(node.args[0]) == 1:  # type: ignore[arg-type]
             return node.args[0][0]  # type: ignore[index, return-value]
         return None
-    before, after = source.meta.get("val"), node.meta.get("val")
-    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-        return None
-    unchanged = before.shape == after.shape and before.stride() == after.stride() and before.dtype == after.dtype
+    unchanged = _alike(source, node)
     if node.target in _RESHAPING and unchanged:
         return source
-    if node.target is _aten.permute.default and unchanged and list(node.args[1]) == list(range(before.dim())):  # type: ignore[arg-type]
+    if node.target is _aten.permute.default and unchanged and list(node.args[1]) == list(range(len(node.args[1]))):  # type: ignore[arg-type]
         return source
     if node.target is _aten.pow.Tensor_Scalar and node.args[1] == 1 and unchanged:
         return source
     return None
+
+
+def _alike(before: fx.Node, after: fx.Node) -> bool:
+    """Whether both are tensors of one shape and dtype that lie in memory alike."""
+    x, y = before.meta.get("val"), after.meta.get("val")
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        return False
+    return x.shape == y.shape and x.stride() == y.stride() and x.dtype == y.dtype
 
 
 def _evaluate(node: fx.Node, constants: dict[fx.Node, torch.Tensor]) -> torch.Tensor | None:

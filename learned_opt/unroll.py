@@ -270,7 +270,7 @@ def unroll(
     recorder = _Recorder(particles, num_steps, not _outputs_are_inputs(batched)) if record == "gradients" else None
     shape = (num_steps, len(particles))
     losses, initial = particles.losses.new_empty(shape), particles.losses.new_empty(shape)
-    check = torch.zeros_like(particles.losses)  # not finite as soon as anything was not
+    check = torch.zeros_like(particles.losses)  # not finite as soon as anything was not, but for what is recorded
     stages: list[Stage] = []
     contexts: list[torch.Tensor] = []
     turns: list[Turns] = []
@@ -289,13 +289,16 @@ def unroll(
         )
         stretch = min([num_steps - done, *(h - s for h, s in zip(particles.horizons, particles.steps) if h >= 0)])
         before = (particles.params, particles.grads, particles.rule_state)
+        initial[done : done + stretch] = particles.initial
         for k, (loss, grad, batch) in enumerate(inner_steps(batched, particles, stretch, move), start=done):
-            check += magnitude(loss, grad)
             judged_grad = grad
+            if recorder is None or batched.judged_apart:
+                check += magnitude(loss, grad)
             if batched.judged_apart:
                 loss, judged_grad = batched.judge(particles.params, particles.tasks, batch)
-                check += magnitude(loss, judged_grad)
-            losses[k], initial[k] = loss, particles.initial
+                if recorder is None:
+                    check += magnitude(loss, judged_grad)
+            losses[k] = loss
             if recorder is not None:
                 recorder.write(k, particles.grads, judged_grad)
             if record == "stages":
@@ -316,6 +319,8 @@ def unroll(
                 ends = torch.zeros(len(particles), dtype=torch.bool, device=batched.device)
                 ends[over] = True
                 stages[-1] = dataclasses.replace(stages[-1], ends=ends)
+    if recorder is not None:
+        check += magnitude(losses, recorder.outputs).sum(0)
     valid = torch.isfinite(check)
     invalid = (~valid).nonzero().flatten().tolist()
     if invalid and restart_invalid:

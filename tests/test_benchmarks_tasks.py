@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from torch.nn import functional as F
 
-from benchmarks import amortization, families, few_shot, lasso, last_steps, mnist
+from benchmarks import amortization, families, few_shot, lasso, last_steps, long_horizons, mnist
 from benchmarks.amortization_report import final, measured_steps, steps_to
 from examples.own_problem import network, source_files
 from learned_opt.batched import BatchedFamily
+from learned_opt.evaluation import BASELINES, tune
 from learned_opt.task import SPLITS
 from tasks import ModuleFamily
+from tasks.image_mlp import ImageMLP
 
 
 def test_few_shot_is_resumed_and_saved_method_by_method(tmp_path, monkeypatch, capsys):
@@ -42,6 +44,29 @@ def test_mnist_networks_beside_tuned_adam(tmp_path, capsys):
     assert 1 < low <= value <= high
     assert value == pytest.approx(row["final loss"]["learned"] / row["final loss"]["adam"])
     assert row["adam's rate"] > 1e-3 and "ReLU, 12 steps: final" in capsys.readouterr().out
+
+
+def test_long_horizons_go_on_with_what_is_missing(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "long_horizons.json"
+    small = ["adam", "--dataset", "digits", "--horizons", "10", "40", "--num-tasks", "3", "--tuning-tasks", "2"]
+    long_horizons.main([*small, "--networks", "relu", "--out", str(results)])
+    rows = json.loads(results.read_text())["results"]["relu"]
+    assert list(rows) == ["10", "40"]
+    for row in rows.values():
+        value, low, high = row["final loss over adam's"]
+        assert 1 < low <= value <= high and row["diverged"] == 0  # Adam at 1e-3 beside Adam at its best rate
+        assert value == pytest.approx(row["final loss"]["learned"] / row["final loss"]["adam"])
+        assert row["final loss"]["learned"] < row["worst"]["learned"] < 2.5
+    assert rows["40"]["final loss"]["adam"] < 0.5 * rows["10"]["final loss"]["adam"]
+    # The same as a run of its own, measured by the library's own tuning.
+    family = BatchedFamily(ImageMLP(dataset="digits", hidden=(20,), activation="relu", batch_size=128, init_scale=0.1))
+    assert rows["40"]["adam's rate"] == tune(BASELINES["adam"], family, seed=0, num_tasks=2, horizon=40).rate
+    measured = []
+    monkeypatch.setattr(long_horizons, "measure", lambda artifact, family, *rest: measured.append(family) or rows)
+    long_horizons.main([*small, "--networks", "relu", "sigmoid, 3 layers", "--out", str(results)])
+    assert [family.hidden for family in measured] == [(20, 20, 20)]
+    assert list(json.loads(results.read_text())["results"]) == ["relu", "sigmoid, 3 layers"]
+    assert "relu, 40 steps" in capsys.readouterr().out
 
 
 def test_lasso_beside_the_optimum(tmp_path, monkeypatch, capsys):

@@ -47,6 +47,29 @@ def test_leaves_out_what_does_nothing():
     assert torch.equal(module(x), function(x)) and float(module(x)) == pytest.approx(66 / 4)
 
 
+def test_leaves_out_products_with_ones_and_splits_into_one_part():
+    def function(x, y):
+        return torch.ones_like(x) * x.split_with_sizes([3])[0] + y * torch.ones_like(y)
+
+    calls = lambda module: [str(n.target) for n in module.graph.nodes if n.op == "call_function"]  # noqa: E731
+    x, y = torch.tensor([1.0, -0.0, math.nan]), torch.tensor([2.0])
+    module = make_fx(function)(x, y)
+    program._simplify(module)
+    assert calls(module) == ["aten.add.Tensor"]
+    assert torch.equal(module(x, y)[:2], torch.tensor([3.0, 2.0])) and module(x, y)[2].isnan()
+
+
+def test_products_that_change_the_shape_and_splits_into_parts_stay():
+    def function(x, y):
+        first, second = x.split_with_sizes([1, 2])
+        return torch.ones(2) * first + second * torch.tensor([1.0, 2.0]) * y
+
+    x, y = torch.tensor([1.0, 3.0, 5.0]), torch.tensor(2.0)
+    module = make_fx(function)(x, y)
+    program._simplify(module)
+    assert module(x, y).tolist() == [7.0, 21.0]
+
+
 def test_a_view_with_other_strides_stays():
     def function(x):
         return x.t().reshape(12) * 2

@@ -61,7 +61,7 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
                 after, checked = {n: torch.empty_like(v) for n, v in state.items()}, None
             update = kernel.step(packed, inputs, scale, grads, state, after, context, checked)
             if "step" in state:
-                torch.add(state["step"], 1, out=after["step"])
+                after["step"] = after["step"].add_(1) if overwrite else state["step"] + 1
             return update, after
 
         return native_step

@@ -1037,7 +1037,8 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
                   const float* hidden_in, const float* cells_in, const float* log_in, float* hidden_out,
                   float* cells_out, float* log_out, float* x_out, const float* context, long tensors, const int* tensor,
                   float scale, float* theta_grads, int threads) {
-  const long blocks = (n + WIDTH - 1) / WIDTH, wanted = blocks * steps / GROUP_STEPS;
+  const long blocks = (n + WIDTH - 1) / WIDTH, paying = blocks * steps / GROUP_STEPS;
+  const long wanted = paying > 4 ? (paying + 2) / 4 * 4 : paying;  // for threads to get equal shares
   const long most = blocks < GROUPS ? blocks : GROUPS, groups = wanted < 1 ? 1 : wanted < most ? wanted : most;
   const int slots = steps == 1 ? SLOTS : steps;
   Weights* weights = aligned<Weights>(1);

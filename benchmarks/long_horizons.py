@@ -1,0 +1,135 @@
+"""An optimizer that was trained on short horizons, on runs a hundred times as long, beside Adam tuned for each of them.
+
+    python -m benchmarks.long_horizons [rnnprop | FILE] [--data-dir FOLDER] --out benchmarks/results/long_horizons.json
+
+MNIST networks as in Lv, Jiang and Li 2017: hidden layers of 20 units, batches of 128, weights from N(0, 0.1²); one
+layer with sigmoid, ReLU, ELU and tanh units, and two to six layers with sigmoid units; 100, 2,000 and 10,000 steps. A
+final loss is the mean of the last twentieth of a run. Printed for each: the mean over ten meta-test draws, its ratio to
+Adam's with 95 % intervals of a paired bootstrap over draws, and how many runs diverged. Adam's learning rate is the
+best of a half-decade grid on meta-validation draws, by the same final loss. Half of the images are for
+meta-test. Results are saved as they come, and a second call goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.documents import plain, write
+from learned_opt.artifact import Artifact, load
+from learned_opt.batched import BatchedFamily
+from learned_opt.evaluation import BASELINES, bootstrap, run_rule
+from learned_opt.evaluation.metrics import diverged, final_losses, ratio_of_means
+from tasks.image_mlp import ImageMLP
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    **{name: {"hidden": (20,), "activation": name} for name in ("sigmoid", "relu", "elu", "tanh")},
+    **{f"sigmoid, {depth} layers": {"hidden": (20,) * depth, "activation": "sigmoid"} for depth in range(2, 7)},
+}
+HORIZONS = (100, 2_000, 10_000)
+
+
+def tuned_adam(family: BatchedFamily, horizons: Sequence[int], num_tasks: int) -> dict[int, float]:
+    """For every horizon the rate with the least mean final loss among those that diverge least, on meta-validation."""
+    adam = BASELINES["adam"]
+    losses = adam.run(
+        family,
+        adam.rates,
+        split="meta_validation",
+        seeds=(0,),
+        num_tasks=num_tasks,
+        horizon=max(horizons),
+        with_metrics=False,
+    ).losses.double().numpy()  # fmt: skip
+    best = {}
+    for horizon in horizons:
+        scores = [
+            (diverged(losses[: horizon + 1, k]).sum(), final_losses(losses[: horizon + 1, k]).mean())
+            for k in range(len(adam.rates))
+        ]
+        best[horizon] = adam.rates[scores.index(min(scores))]
+    return best
+
+
+def measure(
+    artifact: Artifact, family: ImageMLP, horizons: Sequence[int], num_tasks: int, tuning: int
+) -> dict[str, Any]:
+    """The numbers of one network: {horizon: ...}."""
+    batched = BatchedFamily(family)
+    draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks}
+    rates = tuned_adam(batched, horizons, tuning)
+    learned = run_rule(artifact.rule, artifact.theta, batched, horizon=max(horizons), **draws).losses.double().numpy()
+    found = {}
+    for horizon in horizons:
+        adam = BASELINES["adam"].run(batched, (rates[horizon],), horizon=horizon, **draws).losses[:, 0].double().numpy()
+        ours, theirs = final_losses(learned[: horizon + 1]), final_losses(adam)
+        found[str(horizon)] = {
+            "adam's rate": rates[horizon],
+            "final loss": {"learned": float(ours.mean()), "adam": float(theirs.mean())},
+            "final loss over adam's": plain(bootstrap(ratio_of_means, ours, theirs)),
+            "median of the ratios": float(np.median(ours / theirs)),
+            "worst": {"learned": float(ours.max()), "adam": float(theirs.max())},
+            "diverged": int(diverged(learned[: horizon + 1]).sum()),
+        }
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", nargs="?", default="rnnprop", help="a name that ships, or an exported file")
+    parser.add_argument("--data-dir", default="", help="folder with IDX files; by default downloaded")
+    parser.add_argument("--dataset", default="mnist")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--horizons", nargs="+", type=int, default=HORIZONS)
+    parser.add_argument("--num-tasks", type=int, default=10)
+    parser.add_argument("--tuning-tasks", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    artifact = load(options.weights)
+    given = ["--data-dir FOLDER"] if options.data_dir else []
+    document = {
+        "command": " ".join(["python -m benchmarks.long_horizons", options.weights, *given]),
+        "data": "the 10,000 test images" if options.data_dir else f"{options.dataset}, all images",
+        "optimizer": artifact.identity,
+        "num_tasks": options.num_tasks,
+        "tuning_tasks": options.tuning_tasks,
+        "horizons": list(options.horizons),
+        "results": {},
+    }
+    if options.out is not None and options.out.exists():
+        former = json.loads(options.out.read_text())
+        if all(former.get(key) == value for key, value in document.items() if key != "results"):
+            document = former
+    settings: dict[str, Any] = {
+        "batch_size": 128,
+        "init_scale": 0.1,
+        "dataset": options.dataset,
+        "data_dir": options.data_dir,
+    }
+    if options.data_dir:
+        settings["meta_test_from"] = 5_000
+    results: dict[str, Any] = document["results"]
+    for name in options.networks:
+        if name not in results:
+            family = ImageMLP(**NETWORKS[name], **settings)
+            results[name] = measure(artifact, family, options.horizons, options.num_tasks, options.tuning_tasks)
+            write(options.out, document)
+        for horizon, found in results[name].items():
+            final, losses = found["final loss over adam's"], found["final loss"]
+            print(
+                f"{name}, {horizon} steps: {losses['learned']:.3g} against {losses['adam']:.3g}, ratio {final[0]:.2f} "
+                f"[{final[1]:.2f}, {final[2]:.2f}], median {found['median of the ratios']:.2f}; worst "
+                f"{found['worst']['learned']:.3g} against {found['worst']['adam']:.3g}; {found['diverged']} diverged"
+            )
+
+
+if __name__ == "__main__":
+    main()
