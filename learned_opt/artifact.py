@@ -262,13 +262,19 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
             f"{path} cannot be used: {error}. It was written by learned_opt {made_by}: "
             "upgrade learned_opt, or export it again"
         ) from None
+    # Of the settings as they were written: a later version may have more of them, at their defaults.
+    found = content_hash(metadata["rule"], settings, theta, initial)
     try:
         _check_theta(rule, theta)
         _check_initial(initial)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; export it again") from None
-    # Of the settings as they were written: a later version may have more of them, at their defaults.
-    found = content_hash(metadata["rule"], settings, theta, initial)
+        if found != metadata.get("hash"):
+            raise ValueError(f"{path} is damaged: {error}; export it again") from None
+        made_by = provenance.get("library_version", "an unknown version")
+        raise ValueError(
+            f"{path} does not fit this library's rule {rule.kind!r}: {error}. The file is whole, but was written by "
+            f"learned_opt {made_by}, whose rule had other weights: use it with that version, or train again with this one"
+        ) from None
     if found != metadata.get("hash"):
         raise ValueError(
             f"{path} is damaged: its content has the hash {found[:12]}…, but it was written with "

@@ -274,6 +274,31 @@ def test_damaged_theta(saved, change, message):
         artifact.load_artifact(path)
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(2), r"theta\['output.bias'\] must be torch.float32 of shape \(1,\)"),
+        (None, "theta lacks 'output.bias'"),
+    ],
+)
+def test_a_whole_file_of_a_rule_that_had_other_weights(saved, weight, message):
+    path, written = saved
+    theta = {name: value for name, value in written.theta.items() if name != "output.bias"}
+    if weight is not None:
+        theta["output.bias"] = weight
+    settings = json.loads(json.dumps(written.rule.settings()))
+    rewrite(
+        path,
+        drop=["output.bias"],
+        tensors={} if weight is None else {"output.bias": weight},
+        settings=json.dumps(settings),
+        hash=artifact.content_hash(written.rule.kind, settings, theta),
+        provenance=json.dumps({"library_version": "0.0.7"}),
+    )
+    with pytest.raises(ValueError, match=f"does not fit this library's rule 'lstm': {message}.*0.0.7 .*train again"):
+        artifact.load_artifact(path)
+
+
 def test_load_takes_paths_names_artifacts_and_identities(saved, monkeypatch, tmp_path):
     path, written = saved
     assert learned_opt.load(written) is written
