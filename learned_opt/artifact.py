@@ -273,7 +273,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         made_by = provenance.get("library_version", "an unknown version")
         raise ValueError(
             f"{path} does not fit this library's rule {rule.kind!r}: {error}. The file is whole, but was written by "
-            f"learned_opt {made_by}, whose rule had other weights: use it with that version, or train again with this one"
+            f"learned_opt {made_by}, whose rule had other weights: use that version, or train again with this one"
         ) from None
     if found != metadata.get("hash"):
         raise ValueError(
