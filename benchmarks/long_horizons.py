@@ -12,19 +12,18 @@ meta-test. Results are saved as they come, and a second call goes on with what i
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.documents import plain, write
+from benchmarks.mnist import command_line
 from learned_opt.artifact import Artifact, load
 from learned_opt.batched import BatchedFamily
-from learned_opt.evaluation import BASELINES, bootstrap, run_rule
+from learned_opt.evaluation import BASELINES, bootstrap, run_rule, tune
 from learned_opt.evaluation.metrics import diverged, final_losses, ratio_of_means
 from tasks.image_mlp import ImageMLP
 
@@ -35,42 +34,21 @@ NETWORKS: dict[str, dict[str, Any]] = {
 HORIZONS = (100, 2_000, 10_000)
 
 
-def tuned_adam(family: BatchedFamily, horizons: Sequence[int], num_tasks: int) -> dict[int, float]:
-    """For every horizon the rate with the least mean final loss among those that diverge least, on meta-validation."""
-    adam = BASELINES["adam"]
-    losses = adam.run(
-        family,
-        adam.rates,
-        split="meta_validation",
-        seeds=(0,),
-        num_tasks=num_tasks,
-        horizon=max(horizons),
-        with_metrics=False,
-    ).losses.double().numpy()  # fmt: skip
-    best = {}
-    for horizon in horizons:
-        scores = [
-            (diverged(losses[: horizon + 1, k]).sum(), final_losses(losses[: horizon + 1, k]).mean())
-            for k in range(len(adam.rates))
-        ]
-        best[horizon] = adam.rates[scores.index(min(scores))]
-    return best
-
-
 def measure(
     artifact: Artifact, family: ImageMLP, horizons: Sequence[int], num_tasks: int, tuning: int
 ) -> dict[str, Any]:
     """The numbers of one network: {horizon: ...}."""
-    batched = BatchedFamily(family)
+    batched, adam = BatchedFamily(family), BASELINES["adam"]
     draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks}
-    rates = tuned_adam(batched, horizons, tuning)
     learned = run_rule(artifact.rule, artifact.theta, batched, horizon=max(horizons), **draws).losses.double().numpy()
     found = {}
     for horizon in horizons:
-        adam = BASELINES["adam"].run(batched, (rates[horizon],), horizon=horizon, **draws).losses[:, 0].double().numpy()
-        ours, theirs = final_losses(learned[: horizon + 1]), final_losses(adam)
+        rate = tune(adam, batched, seed=0, num_tasks=tuning, horizon=horizon).rate
+        assert rate is not None  # Adam does not diverge at every rate here
+        runs = adam.run(batched, (rate,), horizon=horizon, **draws).losses[:, 0].double().numpy()
+        ours, theirs = final_losses(learned[: horizon + 1]), final_losses(runs)
         found[str(horizon)] = {
-            "adam's rate": rates[horizon],
+            "adam's rate": rate,
             "final loss": {"learned": float(ours.mean()), "adam": float(theirs.mean())},
             "final loss over adam's": plain(bootstrap(ratio_of_means, ours, theirs)),
             "median of the ratios": float(np.median(ours / theirs)),
@@ -82,15 +60,8 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", nargs="?", default="rnnprop", help="a name that ships, or an exported file")
-    parser.add_argument("--data-dir", default="", help="folder with IDX files; by default downloaded")
-    parser.add_argument("--dataset", default="mnist")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--horizons", nargs="+", type=int, default=HORIZONS)
-    parser.add_argument("--num-tasks", type=int, default=10)
+    parser = command_line(str(__doc__), weights="rnnprop", networks=NETWORKS, horizons=HORIZONS, num_tasks=10)
     parser.add_argument("--tuning-tasks", type=int, default=4)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     artifact = load(options.weights)

@@ -12,7 +12,7 @@ are downloaded by scikit-learn, or read from IDX files in a folder.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,24 @@ def measure(artifact: Artifact, family: ImageMLP, horizon: int, num_tasks: int) 
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", nargs="?", default="compact", help="a name that ships, or an exported file")
+def command_line(
+    description: str, *, weights: str, networks: Mapping[str, Any], horizons: Sequence[int], num_tasks: int
+) -> argparse.ArgumentParser:
+    """What benchmarks on MNIST networks are told, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", nargs="?", default=weights, help="a name that ships, or an exported file")
     parser.add_argument("--data-dir", default="", help="folder with IDX files; by default downloaded")
     parser.add_argument("--dataset", default="mnist")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--horizons", nargs="+", type=int, default=HORIZONS)
-    parser.add_argument("--num-tasks", type=int, default=64)
+    parser.add_argument("--networks", nargs="+", choices=networks, default=list(networks))
+    parser.add_argument("--horizons", nargs="+", type=int, default=horizons)
+    parser.add_argument("--num-tasks", type=int, default=num_tasks)
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = command_line(str(__doc__), weights="compact", networks=NETWORKS, horizons=HORIZONS, num_tasks=64)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     artifact = load(options.weights)

@@ -249,6 +249,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
             f"it was written by learned_opt {made_by}: upgrade learned_opt"
         )
     provenance, settings = _json(path, metadata, "provenance"), _json(path, metadata, "settings")
+    made_by = provenance.get("library_version", "an unknown version")
     initial: dict[str, Tensors] = {}
     for key, where in (_json(path, metadata, "initial_params") if "initial_params" in metadata else {}).items():
         if key not in theta:
@@ -257,7 +258,6 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     try:
         rule = rules.get(metadata.get("rule", ""), **settings)
     except (ValueError, TypeError) as error:
-        made_by = provenance.get("library_version", "an unknown version")
         raise ValueError(
             f"{path} cannot be used: {error}. It was written by learned_opt {made_by}: "
             "upgrade learned_opt, or export it again"
@@ -270,7 +270,6 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     except ValueError as error:
         if found != metadata.get("hash"):
             raise ValueError(f"{path} is damaged: {error}; export it again") from None
-        made_by = provenance.get("library_version", "an unknown version")
         raise ValueError(
             f"{path} does not fit this library's rule {rule.kind!r}: {error}. The file is whole, but was written by "
             f"learned_opt {made_by}, whose rule had other weights: use that version, or train again with this one"

@@ -292,14 +292,13 @@ def unroll(
         initial[done : done + stretch] = particles.initial
         for k, (loss, grad, batch) in enumerate(inner_steps(batched, particles, stretch, move), start=done):
             judged_grad = grad
-            if recorder is None or batched.judged_apart:
-                check += magnitude(loss, grad)
             if batched.judged_apart:
+                check += magnitude(loss, grad)
                 loss, judged_grad = batched.judge(particles.params, particles.tasks, batch)
-                if recorder is None:
-                    check += magnitude(loss, judged_grad)
             losses[k] = loss
-            if recorder is not None:
+            if recorder is None:
+                check += magnitude(loss, judged_grad)
+            else:
                 recorder.write(k, particles.grads, judged_grad)
             if record == "stages":
                 turned = turns[k] if turns else None
