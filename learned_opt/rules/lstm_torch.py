@@ -25,12 +25,12 @@ from learned_opt.task import Tensors
 
 
 def doubled_candidates(theta: Tensors, layer: int) -> torch.Tensor:
-    """A layer's weights [4 hidden, inputs + hidden + 1], biases last, such that σ of the product gives every gate.
+    """A layer's weights [..., 4 hidden, inputs + hidden + 1], biases last, such that σ of the product gives every gate.
 
     The candidate is 2σ − 1 of its rows.
     """
-    weight = torch.cat([theta[f"lstm.{layer}.weight"], theta[f"lstm.{layer}.bias"][:, None]], 1)
-    weight[3 * len(weight) // 4 :] *= 2
+    weight = torch.cat([theta[f"lstm.{layer}.weight"], theta[f"lstm.{layer}.bias"][..., None]], -1)
+    weight[..., 3 * weight.shape[-2] // 4 :, :] *= 2
     return weight
 
 

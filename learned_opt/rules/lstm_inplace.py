@@ -1,0 +1,190 @@
+"""The LSTM rule's step in plain torch, written over the state, without a graph and with few temporaries.
+
+Each layer is one matrix product into a reused block of gates (the bias is a column of the weights, against a row of
+ones), and everything elementwise happens where the numbers already are; tanh(x) is 2σ(2x) − 1, as in `lstm_torch`.
+
+Coordinates stand in blocks of some 1,500, several to an operation: torch gives whole blocks to its threads, so that one
+thread finds in its cache what it wrote there, and handing out the work costs little beside the work. Blocks share the
+weights, or each has its own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from learned_opt.rules.base import fitting_chunk
+from learned_opt.rules.features import NUM_FEATURES, bias_correction, log_and_sign
+from learned_opt.rules.lstm import LSTMRule
+from learned_opt.rules.lstm_torch import doubled_candidates
+from learned_opt.task import Tensors
+
+_BLOCKS = 8
+_LEAST = 64  # coordinates of a block that is worth having
+
+
+class LSTMStep:
+    """Steps of one theta on a fixed number of coordinates.
+
+    Args:
+        rule: the update rule.
+        theta: its meta-parameters; with a leading dimension, one set for each block.
+        num_blocks: blocks of coordinates.
+        width: coordinates of a block.
+    """
+
+    def __init__(self, rule: LSTMRule, theta: Tensors, num_blocks: int, width: int) -> None:
+        c = self._config = rule.config
+        self._shape = (num_blocks, width)
+        self._dense = _for_blocks(_with_bias(theta, "dense"), num_blocks) if c.dense_units else None
+        self._layers = [_for_blocks(doubled_candidates(theta, layer), num_blocks) for layer in range(c.num_layers)]
+        self._output = _for_blocks(_with_bias(theta, "output"), num_blocks)
+        like = theta["output.bias"]
+
+        def ending_in_ones(rows: int) -> torch.Tensor:
+            buffer = like.new_empty(num_blocks, rows + 1, width)
+            buffer[:, -1] = 1.0
+            return buffer
+
+        size = c.hidden_size
+        self._joined = [ending_in_ones((size if layer else c.dense_units or NUM_FEATURES) + size)
+                        for layer in range(c.num_layers)]  # fmt: skip
+        self._top = ending_in_ones(size)
+        self._features = ending_in_ones(NUM_FEATURES) if c.dense_units else self._joined[0]
+        self._gates = like.new_empty(num_blocks, 4 * size, width)
+        self._parts = self._gates.view(num_blocks, 4, size, width).unbind(1)
+        self._below = self._joined[0][:, : c.dense_units]
+        self._negative = like.new_empty(num_blocks, c.dense_units, width)
+        # Where a layer finds its last hidden state, and where it puts what it makes of it.
+        self._recurrent = [joined[:, -size - 1 : -1] for joined in self._joined]
+        self._above = [*(joined[:, :size] for joined in self._joined[1:]), self._top[:, :size]]
+        self._update = like.new_empty(num_blocks, 1, width)
+        self._minus_one = like.new_full((), -1.0)
+
+    def __call__(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
+        """One step.
+
+        Args:
+            grads: [n], n = blocks x width, one block after the other.
+            state: tensors [..., n], overwritten, "step" excepted: it may be of one number, and is only read.
+
+        Returns:
+            The update [n]; valid until the next call.
+        """
+        c, grads = self._config, grads.view(self._shape)
+        if c.inputs == "normalized":
+            active = self._normalized(grads, state)
+        else:
+            features, active = log_and_sign(grads.flatten(), c.log_range)
+            self._features[:, :NUM_FEATURES] = features.view(NUM_FEATURES, *self._shape).transpose(0, 1)
+            active = active.view(self._shape)
+        if self._dense is not None:
+            self._product(self._dense, self._features, self._below)
+            # ELU as max(x, exp(min(x, 0)) − 1): torch's own takes twice as long.
+            negative = torch.clamp_max(self._below, 0, out=self._negative).exp_().sub_(1)
+            torch.maximum(self._below, negative, out=self._below)
+        i, f, o, candidate = self._parts
+        hiddens, cells = (
+            state[name].unflatten(-1, self._shape).transpose(1, 2).unbind(0) for name in ("hidden", "cell")
+        )
+        for weight, joined, recurrent, above, hidden, cell in zip(
+            self._layers, self._joined, self._recurrent, self._above, hiddens, cells
+        ):
+            recurrent.copy_(hidden)
+            self._product(weight, joined, self._gates).sigmoid_()
+            torch.add(self._minus_one, candidate, alpha=2, out=candidate)  # tanh
+            cell.mul_(f).addcmul_(i, candidate)
+            torch.add(cell, cell, out=above).sigmoid_()
+            torch.add(self._minus_one, above, alpha=2, out=above).mul_(o)
+            hidden.copy_(above)
+        update = self._product(self._output, self._top, self._update)[:, 0]
+        if c.output_tanh:
+            update.tanh_()
+        return update.mul_(c.output_scale).masked_fill_(~active, 0).flatten()
+
+    def _product(self, weight: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        if len(out) > 1:
+            return torch.bmm(weight, rows, out=out)
+        torch.mm(weight[0], rows[0], out=out[0])  # torch's threads share one product, but not a batch of one
+        return out
+
+    def _normalized(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
+        """`features.normalized` with averages and inputs written in place; returns the mask."""
+        c = self._config
+        m, v = (state[name].view(self._shape) for name in ("m", "v"))
+        m.mul_(c.beta).add_(grads, alpha=1 - c.beta)
+        v.mul_(c.beta).addcmul_(grads, grads, value=1 - c.beta)
+        step = state["step"]
+        correction = bias_correction((step if len(step) == 1 else step.view(self._shape)) + 1, c.beta)
+        # Where v is zero the inputs are as good as zero, whatever they are divided by, and the update is masked.
+        scale = (v / correction).sqrt_().add_(c.eps).reciprocal_()
+        torch.mul(grads, scale, out=self._features[:, 0])
+        torch.mul(m, scale.div_(correction), out=self._features[:, 1])
+        return v != 0
+
+
+def _with_bias(theta: Tensors, name: str) -> torch.Tensor:
+    """A layer's weights, the bias as their last column."""
+    return torch.cat([theta[f"{name}.weight"], theta[f"{name}.bias"][..., None]], -1)
+
+
+def _for_blocks(weight: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Weights with a leading dimension of blocks."""
+    return weight if weight.dim() == 3 else weight.expand(num_blocks, -1, -1)
+
+
+class LSTMSteps:
+    """Steps of one theta, or of several sets of it side by side, on any number of coordinates.
+
+    Args:
+        rule: the update rule.
+        theta: its meta-parameters; with several sets each has that leading dimension.
+        num_sets: how many optimizers run side by side, each on n / num_sets coordinates of its own.
+    """
+
+    def __init__(self, rule: LSTMRule, theta: Tensors, num_sets: int = 1) -> None:
+        self._rule, self._theta, self._num_sets = rule, theta, num_sets
+        self._width = max(1, fitting_chunk(rule) // 2)
+        self._size = 0
+        self._parts: list[tuple[slice, LSTMStep]] = []
+
+    def __call__(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
+        """One step, written over the state, "step" excepted; returns the update [n]."""
+        if len(grads) != self._size:
+            self._size, self._parts = len(grads), self._cut(len(grads))
+        update = torch.empty_like(grads)
+        for part, step in self._parts:
+            own = {name: v if v.shape[-1] == 1 else v[..., part] for name, v in state.items()}
+            update[part] = step(grads[part], own)
+        return update
+
+    def _cut(self, n: int) -> list[tuple[slice, LSTMStep]]:
+        """The parts of n coordinates that are taken one after the other."""
+        per_set = n // self._num_sets
+        made: dict[tuple[int, int, int], LSTMStep] = {}
+        parts = []
+        if self._num_sets > 1 and 0 < per_set <= self._width:  # whole sets side by side
+            at_once = max(1, _BLOCKS * self._width // per_set)
+            for first in range(0, self._num_sets, at_once):
+                last = min(first + at_once, self._num_sets)
+                own = {name: v[first:last] for name, v in self._theta.items()}
+                step = LSTMStep(self._rule, own, last - first, per_set)
+                parts.append((slice(first * per_set, last * per_set), step))
+            return parts
+        for k in range(self._num_sets):
+            own = self._theta if self._num_sets == 1 else {name: v[k] for name, v in self._theta.items()}
+            start, stop = k * per_set, (k + 1) * per_set
+            while start < stop:
+                num_blocks, width = self._blocks(stop - start)
+                if (k, num_blocks, width) not in made:
+                    made[k, num_blocks, width] = LSTMStep(self._rule, own, num_blocks, width)
+                parts.append((slice(start, start + num_blocks * width), made[k, num_blocks, width]))
+                start += num_blocks * width
+        return parts
+
+    def _blocks(self, left: int) -> tuple[int, int]:
+        """(blocks, width) of the next part of what is left."""
+        if left >= _BLOCKS * self._width:
+            return _BLOCKS, self._width
+        if left % _BLOCKS == 0 and left >= _BLOCKS * _LEAST:
+            return _BLOCKS, left // _BLOCKS
+        return 1, left
