@@ -158,7 +158,7 @@ class TruncatedBackprop(Estimator):
                 layout = TensorLayout(work.batched.sizes, num_columns)
                 values = segment.contexts[steps][:, :, columns].flatten(-2)
                 context = Context(values, layout.index(weight.device))
-            chunk_size = self.chunk_size or work.rule.backward_chunk(theta)
+            chunk_size = self.chunk_size or work.rule.backward_chunk(theta, num_steps)
             for start in range(0, num_columns * size, chunk_size):
                 stop = min(start + chunk_size, num_columns * size)
                 owner = torch.arange(start, stop, device=weight.device) // size

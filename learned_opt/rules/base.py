@@ -212,7 +212,7 @@ class UpdateRule(ABC):
         values = self.context_of(layout.sums(self.context_terms(grads, state))).to(grads.dtype)
         return values.index_select(-1, layout.index(grads.device))
 
-    def backward_chunk(self, theta: Tensors) -> int:
+    def backward_chunk(self, theta: Tensors, num_steps: int) -> int:
         """Coordinates to pass to `backward` at a time: half of what a step takes, since it keeps every step's work."""
         return fitting_chunk(self) // 2
 

@@ -56,8 +56,8 @@ class CompiledRule(UpdateRule):
             return None
         return native.kernel(self.native_shape)
 
-    def backward_chunk(self, theta: Tensors) -> int:
-        return _NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta)
+    def backward_chunk(self, theta: Tensors, num_steps: int) -> int:
+        return _NATIVE_CHUNK if self.native_kernel(theta) else super().backward_chunk(theta, num_steps)
 
     def backward(
         self,

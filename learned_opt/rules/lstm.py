@@ -27,6 +27,8 @@ from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
 from learned_opt.task import Tensors
 
 INPUTS = ("normalized", "log_and_sign")
+_KEPT_NUMBERS = 2**25
+"""What the way back through a truncation may keep at a time where no kernel does it: 128 MiB in single precision."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,12 @@ class LSTMRule(CompiledRule):
     @property
     def native_scale(self) -> float:
         return self.config.output_scale
+
+    def backward_chunk(self, theta: Tensors, num_steps: int) -> int:
+        if self.native_kernel(theta):
+            return super().backward_chunk(theta, num_steps)
+        # Sharing out an operation among threads costs more than the cache gives: as many as memory is spared for.
+        return max(1024, _KEPT_NUMBERS // (lstm_torch.NUMBERS_KEPT * self.rows_per_coordinate * num_steps))
 
     def torch_backward(
         self,

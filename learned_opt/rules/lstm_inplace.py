@@ -173,18 +173,17 @@ class LSTMSteps:
         for k in range(self._num_sets):
             own = self._theta if self._num_sets == 1 else {name: v[k] for name, v in self._theta.items()}
             start, stop = k * per_set, (k + 1) * per_set
+            # Parts of one size, but for what does not divide: they share their buffers.
+            num_parts = -(-per_set // (_BLOCKS * self._width))
             while start < stop:
-                num_blocks, width = self._blocks(stop - start)
+                num_blocks, width = self._blocks(min(stop - start, -(-per_set // num_parts)))
                 if (k, num_blocks, width) not in made:
                     made[k, num_blocks, width] = LSTMStep(self._rule, own, num_blocks, width)
                 parts.append((slice(start, start + num_blocks * width), made[k, num_blocks, width]))
                 start += num_blocks * width
         return parts
 
-    def _blocks(self, left: int) -> tuple[int, int]:
-        """(blocks, width) of the next part of what is left."""
-        if left >= _BLOCKS * self._width:
-            return _BLOCKS, self._width
-        if left % _BLOCKS == 0 and left >= _BLOCKS * _LEAST:
-            return _BLOCKS, left // _BLOCKS
-        return 1, left
+    @staticmethod
+    def _blocks(most: int) -> tuple[int, int]:
+        """(blocks, coordinates of each) for as many as there may be in a part."""
+        return (_BLOCKS, most // _BLOCKS) if most >= _BLOCKS * _LEAST else (1, most)

@@ -42,6 +42,8 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
+NUMBERS_KEPT = 5
+"""Numbers that a tape keeps of a step for each number of the state, about."""
 _ALIGNED = 16  # numbers: 64 bytes in single precision
 
 
