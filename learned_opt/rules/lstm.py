@@ -27,8 +27,8 @@ from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
 from learned_opt.task import Tensors
 
 INPUTS = ("normalized", "log_and_sign")
-_KEPT_NUMBERS = 2**25
-"""What the way back through a truncation may keep at a time where no kernel does it: 128 MiB in single precision."""
+_KEPT_NUMBERS = 2**26
+"""What the way back through a truncation may keep at a time where no kernel does it: 256 MiB in single precision."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
