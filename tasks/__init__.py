@@ -28,7 +28,7 @@ from tasks.control import CartPole, Pendulum
 from tasks.data.grouped import GroupedData
 from tasks.data.images import DATASETS
 from tasks.data.tabular import TABLES
-from tasks.fields import check_types
+from tasks.fields import check_finite, check_types
 from tasks.forecasting import Forecasting
 from tasks.image_autoencoder import ImageAutoencoder
 from tasks.image_conv import ImageConv
@@ -133,7 +133,9 @@ def get(name: str, **config: Any) -> TaskFamily:
         if found.default is found.default_factory is dataclasses.MISSING and found.name not in config:
             raise ValueError(f"task family {name!r} needs {found.name}; see the description of its fields")
     check_types(name, FAMILIES[name], config)
-    return FAMILIES[name](**config)
+    family = FAMILIES[name](**config)
+    check_finite(name, config)
+    return family
 
 
 def build(described: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskFamily]:

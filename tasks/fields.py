@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -34,6 +35,14 @@ def check_types(name: str, family: type[TaskFamily], config: Mapping[str, Any]) 
             fits, words = isinstance(value, (list, tuple)) and all(_is(item, of) for item in value), _LISTS[of]
         if not fits:
             raise ValueError(f"{field.name} of task family {name!r} must be {words}; got {value!r}")
+
+
+def check_finite(name: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError naming the first value that is infinite or not a number; after the family's own checks."""
+    for field, value in config.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise ValueError(f"{field} of task family {name!r} must be finite; got {value!r}")
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -790,6 +790,7 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("adam", {"beta1": 1.0}, "beta1 must lie strictly between 0 and 1; got 1.0"),
         ("adam", {"beta2": 0.0}, "beta2 must lie strictly between 0 and 1; got 0.0"),
         ("adam", {"eps": -1e-8}, "eps must be non-negative; got -1e-08"),
+        ("sgd", {"lr": math.inf}, "lr of rule 'sgd' must be finite; got inf"),
         ("sgd", {"lr": -1.0}, "lr must be positive; got -1.0"),
         # What a YAML file can hold by mistake.
         ("adam", {"lr": "fast"}, "lr of rule 'adam' must be a number; got 'fast'"),

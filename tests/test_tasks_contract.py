@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -348,6 +349,7 @@ def test_short_and_capital_names_suggest_families_too():
         ("image_mlp", {"hidden": "32"}, "must be a list of integers; got '32'"),
         ("image_mlp", {"hidden": [3.5]}, r"must be a list of integers; got \[3.5\]"),
         ("image_mlp", {"init_scale": "1e-3"}, "init_scale of task family 'image_mlp' must be a number; got '1e-3'"),
+        ("image_mlp", {"init_scale": math.inf}, "init_scale of task family 'image_mlp' must be finite; got inf"),
         ("image_mlp", {"activation": ["relu"]}, r"must be a string; got \['relu'\]"),
         ("image_mlp", {"activation": None}, "must be a string; got None"),
         ("image_mlp_sampled", {"init_scales": 2.0}, "init_scales of .* must be a list of numbers; got 2.0"),

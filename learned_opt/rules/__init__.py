@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -87,4 +88,8 @@ def get(name: str, **settings: Any) -> UpdateRule:
     if unknown:
         raise ValueError(f"rule {name!r} has no setting {unknown[0]!r}; it has {', '.join(known)}")
     check_types(name, config, settings)
-    return make(config(**{**preset, **settings}))
+    made = config(**{**preset, **settings})
+    for key, value in settings.items():  # what their own ranges let through
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key} of rule {name!r} must be finite; got {value!r}")
+    return make(made)
