@@ -84,14 +84,22 @@ def test_lasso_beside_the_optimum(tmp_path, monkeypatch, capsys):
 
 def test_where_the_last_steps_end(tmp_path, capsys):
     losses = [[1.0] * 59 + [0.1, 0.5, 0.39, 0.2], [2.0] * 63]
-    assert last_steps.summary(losses) == pytest.approx({"leaps": 1 / 6, "median": 0.6, "worst": 1.0})
+    assert last_steps.summary(losses) == pytest.approx({"leaps": 1 / 6, "lost": 0.0, "median": 0.6, "worst": 1.0})
+    # Lost: above a tenth of the first loss, after having been below a hundredth of it.
+    losses = [[2.0] * 60 + [0.019, 0.19, 0.21, 0.0], [2.0] * 60 + [0.021, 0.5, 0.5, 0.5]]
+    assert last_steps.summary(losses)["lost"] == pytest.approx(1 / 8)
     results = tmp_path / "last_steps.json"
     last_steps.main(["adam", "--num-runs", "2", "--num-steps", "70", "--out", str(results)])
-    rows = json.loads(results.read_text())["results"]
-    assert list(rows) == [*last_steps.SCHEDULES, "guard"] and all(row["worst"] < 1 for row in rows.values())
-    # Adam at 1e-3 is on its way still: half the rate gets it less far. The guard has nothing to do.
-    assert rows["constant"]["median"] < rows["to zero over the last fifth"]["median"] < rows["half"]["median"]
-    assert rows["guard"] == pytest.approx(rows["constant"]) and "half: leaps 0.000" in capsys.readouterr().out
+    found = json.loads(results.read_text())["results"]
+    assert list(found) == list(last_steps.PROBLEMS) == ["regression", "digits"]
+    for rows in found.values():
+        assert list(rows) == [*last_steps.SCHEDULES, "guard", "adam"] and all(r["worst"] < 1 for r in rows.values())
+        # Adam at 1e-3 is on its way still: half the rate gets it less far. The guard has nothing to do.
+        assert rows["constant"]["median"] < rows["to zero over the last fifth"]["median"] < rows["half"]["median"]
+        assert rows["guard"] == pytest.approx(rows["constant"])
+        # The best rate is at least as good as one of the grid, 1e-3, by the rule that is Adam.
+        assert rows["adam"]["rate"] > 1e-3 and rows["adam"]["median"] < rows["constant"]["median"]
+    assert "regression, half: leaps 0.000" in capsys.readouterr().out
 
 
 def test_rows_of_families_that_are_not_measured_are_kept(tmp_path, monkeypatch, capsys):
