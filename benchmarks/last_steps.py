@@ -5,10 +5,10 @@
 Two problems without noise that would hide it, from 24 initializations each. "regression": a network 3-24-1 is fitted to
 a smooth function of 128 points, all of them in every step. "digits": a network 64-48-10 with leaky ReLU reads
 handwritten digits in batches of 64, which it learns by heart within some hundred steps; the loss is that of all the
-data. Printed are, over the steps from the 60th, the share whose loss is more than four times the best so far (leaps), the share that
-is back above a tenth of the first loss after having been below a hundredth of it (lost), and the last loss over the
-first one, in the median and at its worst. Beside it stands Adam at the rate of a half-decade grid with the least last
-loss in the mean.
+data. Printed are, over the steps from the 60th, the share whose loss is more than four times the best so far (leaps),
+the share that is back above a tenth of the first loss after having been below a hundredth of it (lost), and the last
+loss over the first one, in the median and at its worst. Beside it stands Adam at the rate of a half-decade grid with
+the least last loss in the mean.
 """
 
 from __future__ import annotations
