@@ -25,6 +25,7 @@ from tasks.quadratic import Quadratic
 
 VARIANTS = {name: (name, {}) for name in rules.RULES if hasattr(rules.get(name), "native_kernel")} | {
     "growing": ("mixture", {"growth": 0.2}),
+    "doubting": ("mixture", {"growth": 0.2, "doubt": 0.8}),
     "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 5, "dense_units": 3, "output_tanh": False}),
     "three_layers_log": (
         "lstm",

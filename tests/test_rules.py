@@ -18,6 +18,8 @@ from learned_opt.rules.features import (
     agreement,
     agreement_terms,
     bounded_square,
+    doubted,
+    doubtful_ratio,
     log_and_sign,
     momenta,
     normalized,
@@ -29,6 +31,7 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "dense_log": ("lstm", {"inputs": "log_and_sign", "dense_units": 3, "output_tanh": False}),
     "no_momentum": ("lstm", {"beta": 0.0, "output_scale": 2.0}),
     "growing": ("mixture", {"growth": 0.1}),
+    "doubting": ("mixture", {"growth": 0.1, "doubt": 0.9}),
     "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
 N, STEPS = 11, 6
@@ -578,6 +581,59 @@ def test_gradients_that_shrink_soon_make_whole_steps_again():
     assert found[359, 2:].tolist() == pytest.approx(want, rel=2e-3)  # what was averaged for long does not rule
 
 
+def doubt_by_hand(grads, recent_beta, beta):
+    """What is doubted after every step, and the recent average square, of one coordinate."""
+    recent = doubt = 0.0
+    out = []
+    for g in grads:
+        if g != 0 and recent != 0:
+            doubt = beta * doubt + (1 - beta) * min(g * g / recent, 1e8)
+        recent = recent_beta * recent + (1 - recent_beta) * g * g
+        out.append((doubt, recent))
+    return out
+
+
+def test_recent_squares_are_doubted_where_quiet_steps_end_in_large_gradients():
+    """A batch in fifty is not known by heart: its gradient still counts when the last quiet step is normalized."""
+    rule, sure = rules.get("mixture", doubt=0.99, recent_square=0.8), rules.get("mixture", recent_square=0.8)
+    grads = [1.0 if t % 50 == 0 else 1e-6 for t in range(400)] + [0.0] * 3
+    by_hand = doubt_by_hand(grads, 0.8, 0.99)
+    state, other = (r.init_state(1, dtype=torch.float64) for r in (rule, sure))
+    found, unsure = [], []
+    for g in grads:
+        grad = torch.tensor([g]).double()
+        c = rule.config
+        directions, _, state, _ = momenta(grad, state, c.betas, c.square_ratio, c.eps)
+        other_directions, _, other, _ = momenta(grad, other, sure.config.betas, c.square_ratio, c.eps)
+        found.append((float(directions[0]), *state["v"][1:, 0].tolist()))
+        unsure.append(float(other_directions[0]))
+        assert torch.equal(state["v"][:2], other["v"]) and torch.equal(state["m"], other["m"])
+    assert [doubt for _, _, doubt in found] == pytest.approx([doubt for doubt, _ in by_hand])
+    assert found[-1][2] == found[399][2] > 3.0  # the zeros at the end change nothing
+    # Where recent squares are believed, the last quiet step is divided by no more than eight times their root.
+    average = sum(0.99 ** (399 - t) * 0.01 * g * g for t, g in enumerate(grads[:400])) / (1 - 0.99**400)
+    doubt, recent = by_hand[399]
+    assert unsure[399] == pytest.approx(1e-6 / (8 * recent**0.5), rel=1e-6)
+    bound = 64 * (doubt / 1.5) ** 4 * recent
+    assert found[399][0] == pytest.approx(1e-6 / min(average, bound) ** 0.5, rel=1e-6) and bound > 100 * 64 * recent
+
+
+def test_recent_squares_are_not_doubted_where_gradients_shrink_or_are_noise():
+    shrinking = [0.9**t for t in range(300)]
+    assert max(doubt for doubt, _ in doubt_by_hand(shrinking, 0.8, 0.99)) < 1.2
+    noise = torch.randn(2000, generator=torch.Generator().manual_seed(0)).double()
+    recent = doubt = torch.zeros(1).double()
+    for g in noise:
+        doubt = doubted(g.view(1), recent, doubt, 0.99)
+        recent = 0.8 * recent + 0.2 * g * g
+    assert 0.8 < float(doubt) < 2.0
+    assert doubtful_ratio(64.0, torch.tensor([0.0, 1.5, 3.0, math.nan])).tolist()[:3] == [64.0, 64.0, 1024.0]
+    assert (
+        doubtful_ratio(64.0, torch.tensor([math.nan])).isnan()
+        and doubted(*torch.tensor([math.nan, 1.0, 1.0]), 0.9).isnan()
+    )
+
+
 @pytest.mark.usefixtures("kernels")
 def test_what_gets_no_more_gradients_comes_to_rest():
     """A row of an embedding that is in no further batch: it moves on for as long as the fastest squares remember."""
@@ -778,6 +834,8 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("compact", {"dense_units": -1}, "dense_units must be at least 0; got -1"),
         ("compact", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ("compact", {"hidden_size": 0}, "hidden_size must be at least 1; got 0"),
+        ("mixture", {"doubt": 1.0}, r"doubt must lie in \[0, 1\); got 1.0"),
+        ("mixture", {"doubt": -0.5}, r"doubt must lie in \[0, 1\); got -0.5"),
         ("paced", {"growth": -0.1}, "growth must be finite and not negative; got -0.1"),
         ("mixture", {"square_ratio": 0.5}, "square_ratio must be finite and at least 1; got 0.5"),
         ("mixture", {"square_ratio": math.inf}, "square_ratio must be finite and at least 1; got inf"),

@@ -312,17 +312,17 @@ void fill(Weights& w, const float* theta) {
 // ------------------------------------------------------------------------------------------------- what a rule sees
 
 enum Kind { GIVEN = 0, NORMALIZED = 1, LOG_AND_SIGN = 2, MOMENTA = 3 };
-constexpr int MOST_M = 3, MOST_V = 2;  // moving averages of gradients and of their squares
+constexpr int MOST_M = 3, MOST_V = 3;  // moving averages of gradients and of their squares
 
 struct Inputs {
   int kind;
   const float* grads;      // [steps, ld], or [steps, ROWS, ld] where given
   ptrdiff_t ld;            // from one row to the next
-  const float *m, *v;      // [1, state_ld] each, NORMALIZED; [3, state_ld] and [2, state_ld], MOMENTA
+  const float *m, *v;      // [1, state_ld] each, NORMALIZED; [3, state_ld] and [2 or 3, state_ld], MOMENTA
   ptrdiff_t state_ld;
   const float* step;       // [n] or [1]
   int shared_step;
-  const double* betas;     // of the averages of gradients, then of squares: 1 - beta must not cancel
+  const double* betas;     // of the averages of gradients, then of squares, then, if not zero, of doubts: 1 - beta must not cancel
   float ratio;             // MOMENTA: the most that the average square may be of the recent one
   float eps, range;
   const unsigned char* active;  // [steps, n], GIVEN
@@ -337,7 +337,9 @@ struct Averages {  // of one block
   alignas(64) float m[MOST_M][WIDTH], v[MOST_V][WIDTH], step[WIDTH];
 };
 constexpr int num_m(int kind) { return kind == MOMENTA ? 3 : kind == NORMALIZED ? 1 : 0; }
-constexpr int num_v(int kind) { return kind == MOMENTA ? 2 : kind == NORMALIZED ? 1 : 0; }
+inline int num_v(const Inputs& in) {
+  return in.kind == MOMENTA ? (in.betas[5] > 0.0 ? 3 : 2) : in.kind == NORMALIZED ? 1 : 0;
+}
 
 inline void load_row(const float* from, int width, float* to) {
   if (width == WIDTH)
@@ -362,7 +364,7 @@ inline void store_row(const float* from, int width, float* to) {
 void load_averages(const Inputs& in, ptrdiff_t column, int width, Averages& a) {
   if (!num_m(in.kind)) return;
   for (int i = 0; i < num_m(in.kind); ++i) load_row(in.m + i * in.state_ld + column, width, a.m[i]);
-  for (int i = 0; i < num_v(in.kind); ++i) load_row(in.v + i * in.state_ld + column, width, a.v[i]);
+  for (int i = 0; i < num_v(in); ++i) load_row(in.v + i * in.state_ld + column, width, a.v[i]);
   for (int j = 0; j < WIDTH; ++j) a.step[j] = in.step[in.shared_step ? 0 : column + (j < width ? j : 0)];
 }
 
@@ -378,6 +380,16 @@ inline void correct(const Averages& a, bool same, double beta, float* __restrict
 inline float bounded(float average, float recent, float grad, float ratio) {
   const float most = ratio * recent;
   return (average < most) | (grad == 0.0f) | (recent == 0.0f) ? average : most;
+}
+// See `features.doubted` and `features.doubtful_ratio` in Python.
+inline float doubted(float grad, float recent, float doubt, float beta, float rest) {
+  const float now = grad * grad, surprise = now / recent;
+  const bool some = (now != 0.0f) & (recent != 0.0f);
+  return some ? doubt * beta + (surprise > 1e8f ? 1e8f : surprise) * rest : doubt;
+}
+inline float doubtful(float ratio, float doubt) {
+  const float some = doubt / 1.5f, once = some > 1.0f ? some : some <= 1.0f ? 1.0f : some;  // NaN stays
+  return ratio * (once * once) * (once * once);
 }
 // See `features._faded` in Python.
 inline float faded(float x, float most) { return std::fabs(x) > most ? most * (most / x) : x; }  // NaN stays
@@ -395,12 +407,20 @@ inline void momenta(const Inputs& in, const float* __restrict g, bool same, Aver
       rest[i] = float(1.0 - in.betas[i]);
     }
     float* __restrict directions = out + FEATURES * WIDTH;
+    const float doubt_beta = float(in.betas[5]), doubt_rest = float(1.0 - in.betas[5]);
+    alignas(64) float ratio[WIDTH];
+    for (int j = 0; j < WIDTH; ++j) ratio[j] = in.ratio;
+    if (doubt_beta > 0.0f)
+      for (int j = 0; j < WIDTH; ++j) {
+        a.v[2][j] = doubted(g[j], a.v[1][j], a.v[2][j], doubt_beta, doubt_rest);
+        ratio[j] = doubtful(in.ratio, a.v[2][j]);
+      }
     for (int j = 0; j < WIDTH; ++j) {
       for (int i = 0; i < 3; ++i) a.m[i][j] = a.m[i][j] * beta[i] + g[j] * rest[i];
       for (int i = 0; i < 2; ++i) a.v[i][j] = a.v[i][j] * beta[3 + i] + g[j] * g[j] * rest[3 + i];
       const bool idle = a.v[0][j] == 0.0f;
       const float average = a.v[0][j] / correction[3][j], recent = a.v[1][j] / correction[4][j];
-      const float square = bounded(average, recent, g[j], in.ratio);
+      const float square = bounded(average, recent, g[j], ratio[j]);
       const float scale = 1.0f / (std::sqrt(idle ? 1.0f : square) + in.eps);
       const float most = idle ? 0.0f : std::sqrt(recent) * scale;
       const float d0 = g[j] * scale, d1 = a.m[0][j] / correction[0][j] * scale,
@@ -580,7 +600,7 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
   load_averages(in, column, width, s.averages);
   features(in, 0, column, width, s.averages, s.x, s.active);
   for (int i = 0; i < num_m(in.kind); ++i) store_row(s.averages.m[i], width, after.m + i * out_ld + column);
-  for (int i = 0; i < num_v(in.kind); ++i) store_row(s.averages.v[i], width, after.v + i * out_ld + column);
+  for (int i = 0; i < num_v(in); ++i) store_row(s.averages.v[i], width, after.v + i * out_ld + column);
   dense(w, s.x, s.joined[0]);
   for (int l = 0; l < LAYERS; ++l) {
     float* recurrent = s.joined[l] + inputs_of(l) * WIDTH;
@@ -966,9 +986,11 @@ void lstm_normalized_back(const float* grads, const float* m, const float* v, co
 // step, all divided by the root of the average square after it, bounded as in `features.bounded_square`, and b₂ and b₃
 // faded beside the root of the recent one. What is not finite is left out. sums [10, tensors].
 void lstm_context(const float* grads, const float* m, const float* v, long ld, double beta, double recent_beta,
-                  float ratio, const long* bounds, long tensors, double* sums, int threads) {
+                  double doubt_beta, float ratio, const long* bounds, long tensors, double* sums, int threads) {
   const float keep = float(beta), rest = float(1.0 - beta);
   const float recent_keep = float(recent_beta), recent_rest = float(1.0 - recent_beta);
+  const float doubt_keep = float(doubt_beta), doubt_rest = float(1.0 - doubt_beta);
+  const int num_v = doubt_keep > 0.0f ? 3 : 2;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && bounds[tensors] > 4096)
   for (long s = 0; s < tensors; ++s) {
     double total[10] = {};
@@ -977,13 +999,15 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, d
       float part[10][WIDTH] = {};
       for (long i = start; i < stop; i += WIDTH) {
         const int width = stop - i < WIDTH ? int(stop - i) : WIDTH;
-        alignas(64) float x[6][WIDTH];
+        alignas(64) float x[7][WIDTH] = {};
         load_row(grads + i, width, x[0]);
         for (int k = 0; k < 3; ++k) load_row(m + k * ld + i, width, x[1 + k]);
-        for (int k = 0; k < 2; ++k) load_row(v + k * ld + i, width, x[4 + k]);
+        for (int k = 0; k < num_v; ++k) load_row(v + k * ld + i, width, x[4 + k]);
         for (int j = 0; j < WIDTH; ++j) {
           const float now = x[0][j] * x[0][j], recent = x[5][j] * recent_keep + now * recent_rest;
-          const float square = bounded(x[4][j] * keep + now * rest, recent, x[0][j], ratio);
+          const float doubt = doubted(x[0][j], x[5][j], x[6][j], doubt_keep, doubt_rest);
+          const float most_ratio = num_v == 3 ? doubtful(ratio, doubt) : ratio;
+          const float square = bounded(x[4][j] * keep + now * rest, recent, x[0][j], most_ratio);
           const float scale = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f, most = std::sqrt(recent) * scale;
           float a = x[0][j] * scale, b1 = x[1][j] * scale;
           float b2 = faded(x[2][j] * scale, most), b3 = faded(x[3][j] * scale, most);

@@ -60,6 +60,8 @@ class MixtureRuleConfig(RuleConfig):
         square, recent_square: decays of the average square that normalizes, and of the recent one that it is compared
             with, each in [0, 1).
         square_ratio: the most that the average square may be of the recent one, at least 1.
+        doubt: decay, in [0, 1), of how far recent average squares have been from the next squared gradient; where that
+            is more than half as much again, `square_ratio` grows with its fourth power. 0 for none.
         eps: added to the root of the average square, positive.
         hidden_size: units of the LSTM, at least 1.
         output_scale: the step that all is relative to, positive, in units of the parameters.
@@ -79,6 +81,7 @@ class MixtureRuleConfig(RuleConfig):
     square: float = 0.99
     recent_square: float = 0.9
     square_ratio: float = 64.0
+    doubt: float = 0.0
     eps: float = 1e-15
     hidden_size: int = 8
     output_scale: float = 0.01
@@ -90,7 +93,7 @@ class MixtureRuleConfig(RuleConfig):
     basis_every: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("fast", "medium", "slow", "square", "recent_square", "basis_decay"):
+        for name in ("fast", "medium", "slow", "square", "recent_square", "doubt", "basis_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
         for name in ("eps", "output_scale", "range"):
@@ -113,13 +116,15 @@ class MixtureRuleConfig(RuleConfig):
     @property
     def betas(self) -> tuple[float, ...]:
         """All decays, in the order of `features.momenta`."""
-        return self.fast, self.medium, self.slow, self.square, self.recent_square
+        five = self.fast, self.medium, self.slow, self.square, self.recent_square
+        return (*five, self.doubt) if self.doubt else five
 
 
 class MixtureRule(CompiledRule):
     """The LSTM that mixes momenta.
 
-    State: "hidden" and "cell" [1, hidden, n], "m" [3, n], "v" [2, n], "step", and with `growth` "log_size" [n], which
+    State: "hidden" and "cell" [1, hidden, n], "m" [3, n], "v" [2, n], or [3, n] with `doubt`, "step", and with `growth`
+    "log_size" [n], which
     stays between −12 and `most_grown`.
     """
 
@@ -184,7 +189,8 @@ class MixtureRule(CompiledRule):
         self, num_coordinates: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensors:
         size = self.config.hidden_size
-        rows = {"hidden": (1, size), "cell": (1, size), "m": (NUM_MOMENTA,), "v": (2,), "step": ()}
+        squares = 3 if self.config.doubt else 2
+        rows = {"hidden": (1, size), "cell": (1, size), "m": (NUM_MOMENTA,), "v": (squares,), "step": ()}
         if self.config.growth:
             rows["log_size"] = ()
         return {n: torch.zeros(*lead, num_coordinates, dtype=dtype, device=device) for n, lead in rows.items()}

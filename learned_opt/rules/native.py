@@ -20,6 +20,7 @@ import torch
 from learned_opt.rules import build
 from learned_opt.rules import native_calls as calls
 from learned_opt.rules.context import Context, TensorLayout
+from learned_opt.rules.features import NUM_AVERAGES, NUM_MOMENTA
 from learned_opt.task import Tensors
 
 _SOURCE = Path(__file__).with_name("lstm_kernel.cpp")
@@ -76,7 +77,7 @@ class Inputs:
     Attributes:
         kind: "normalized", "log_and_sign", "momenta", or "given": the inputs themselves (and directions, below them)
             are passed instead of gradients.
-        betas: decays of the averages: one with "normalized", five with "momenta".
+        betas: decays of the averages: one with "normalized", five with "momenta", and a sixth with `doubt`.
         square_ratio: of "momenta".
         eps: of "normalized" and "momenta".
         log_range: of "log_and_sign"; with directions, bound of the logarithm of a step.
@@ -91,6 +92,11 @@ class Inputs:
     log_range: float = 1.0
     growth: float = 0.0
     most_grown: float = 12.0
+
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """What the kernel is passed: with "momenta" six, the last zero where nothing is doubted."""
+        return (*self.betas, 0.0) if len(self.betas) == NUM_AVERAGES else self.betas
 
 
 def enabled() -> bool:
@@ -191,7 +197,7 @@ class LSTMKernel:
             _KINDS[inputs.kind],
             grads.data_ptr(),
             *calls.averages(before),
-            calls.packed(inputs.betas),
+            calls.packed(inputs.decays),
             inputs.square_ratio,
             inputs.eps,
             inputs.log_range,
@@ -317,7 +323,7 @@ class LSTMKernel:
 
         Args:
             grads: [n].
-            state: with "m" [3, n] and "v" [2, n].
+            state: with "m" [3, n] and "v" [2 or 3, n].
             inputs: of kind "momenta".
             layout: of the n coordinates.
         """
@@ -328,7 +334,7 @@ class LSTMKernel:
         grads = grads.contiguous()
         self._context(
             *(grads.data_ptr(), rows["m"].data_ptr(), rows["v"].data_ptr(), spacing),
-            *(*inputs.betas[3:], inputs.square_ratio),
+            *(*inputs.decays[NUM_MOMENTA:], inputs.square_ratio),
             *(bounds.data_ptr(), len(bounds) - 1, sums.data_ptr(), calls.threads()),
         )
         return sums
@@ -368,7 +374,7 @@ class LSTMKernel:
             grads.data_ptr(),
             ld,
             *averages,
-            calls.packed(inputs.betas),
+            calls.packed(inputs.decays),
             inputs.square_ratio,
             inputs.eps,
             inputs.log_range,
