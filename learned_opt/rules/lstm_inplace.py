@@ -46,8 +46,8 @@ class LSTMStep:
             return buffer
 
         size = c.hidden_size
-        self._joined = [ending_in_ones((size if layer else c.dense_units or NUM_FEATURES) + size)
-                        for layer in range(c.num_layers)]  # fmt: skip
+        below = [c.dense_units or NUM_FEATURES, *[size] * (c.num_layers - 1)]
+        self._joined = [ending_in_ones(rows + size) for rows in below]
         self._top = ending_in_ones(size)
         self._features = ending_in_ones(NUM_FEATURES) if c.dense_units else self._joined[0]
         self._gates = like.new_empty(num_blocks, 4 * size, width)
