@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch.nn import functional as F
 
-from benchmarks import amortization, families, few_shot, lasso, last_steps, long_horizons, mnist
+from benchmarks import amortization, families, few_shot, lasso, last_steps, long_horizons, mnist, rule_settings
 from benchmarks.amortization_report import final, measured_steps, steps_to
 from examples.own_problem import network, source_files
 from learned_opt.batched import BatchedFamily
@@ -100,6 +100,23 @@ def test_where_the_last_steps_end(tmp_path, capsys):
         # The best rate is at least as good as one of the grid, 1e-3, by the rule that is Adam.
         assert rows["adam"]["rate"] > 1e-3 and rows["adam"]["median"] < rows["constant"]["median"]
     assert "regression, half: leaps 0.000" in capsys.readouterr().out
+
+
+def test_settings_of_a_rule_changed_by_hand(tmp_path, capsys):
+    curve = np.array([1.0] * 10 + [0.001] * 20 + [0.021, 0.06, 0.04, 0.0])[:, None]
+    # Above a twentieth of the first loss, and above twenty times the least mean of ten: one step of two curves.
+    assert rule_settings.lost_steps(np.concatenate([curve, np.ones_like(curve)], 1)) == 1
+    results = tmp_path / "settings.json"
+    common = ["--families", "quadratic", "--num-steps", "40", "--num-tasks", "2", "--out", str(results)]
+    rule_settings.main(["compact", "--changes", "square_ratio=64", "growth=0.01,doubt=0.9", *common])
+    rows = json.loads(results.read_text())["results"]
+    as_it_is, same, slower = rows.values()
+    assert as_it_is == same and slower["speedup"] < as_it_is["speedup"]  # 64 is the setting that it has
+    assert "growth=0.01,doubt=0.9: speed-up" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="changes must be name=number, separated by commas; got 'growth' in 'growth'"):
+        rule_settings.main(["compact", "--changes", "growth", *common])
+    with pytest.raises(ValueError, match="square_ratio must be finite and at least 1; got 0.5"):
+        rule_settings.main(["compact", "--changes", "square_ratio=0.5", *common])
 
 
 def test_rows_of_families_that_are_not_measured_are_kept(tmp_path, monkeypatch, capsys):

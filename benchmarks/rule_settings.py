@@ -1,0 +1,118 @@
+"""Settings of a learned optimizer's rule changed by hand, its weights as they are: how fast it is, and how often lost.
+
+    python -m benchmarks.rule_settings [compact | FILE ...] --changes doubt=0.995 square_ratio=1e4,recent_square=0.7 \
+        --out benchmarks/results/rule_settings.json
+
+Eleven families that are not in the suite `test`: five networks, of which two ("silu" and "leaky") soon know their data
+by heart, functions, and regressions. Every file is run as it is, and the first one with each of the changes, beside
+Adam at the rate of a half-decade grid that is best on other draws. Printed are, for each: the interquartile mean of the
+speed-up over all tasks (`learned_opt.evaluation.speedup`), that of every family, and how many steps were lost: above a
+twentieth of the run's first loss, and above twenty times the least mean of ten steps so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import trim_mean
+
+import tasks
+from benchmarks.documents import write
+from learned_opt import rules
+from learned_opt.artifact import load
+from learned_opt.batched import BatchedFamily
+from learned_opt.evaluation import BASELINES, run_rule, tune
+from learned_opt.evaluation.speedup import speedups
+
+_DIGITS = {"name": "image_mlp", "dataset": "digits", "init": "fan_in"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "silu": {**_DIGITS, "hidden": [24, 24], "activation": "silu", "init_scale": 1.0},
+    "leaky": {**_DIGITS, "hidden": [48], "activation": "leaky_relu", "init_scale": 1.4},
+    "sigmoid": {"name": "image_mlp", "dataset": "digits", "hidden": [20], "activation": "sigmoid"},
+    "label noise": {**_DIGITS, "hidden": [24], "activation": "tanh", "label_noise": 0.2, "batch_size": 32},
+    "text": {"name": "char_mlp", "batch_size": 8, "hidden": 24},
+    "rosenbrock": {"name": "rosenbrock"},
+    "powell": {"name": "powell"},
+    "linear network": {"name": "linear_network"},
+    "softmax regression": {"name": "softmax_regression"},
+    "robust regression": {"name": "robust_regression"},
+    "quadratic": {"name": "spectrum_quadratic"},
+}
+
+
+def lost_steps(losses: np.ndarray) -> int:
+    """Steps, of losses [steps, runs], above a twentieth of the first loss and twenty times the least mean of ten."""
+    means = np.lib.stride_tricks.sliding_window_view(losses, 10, axis=0).mean(-1)
+    late = losses[9:]
+    return int(((late > losses[0] / 20) & (late > 20 * np.minimum.accumulate(means, 0))).sum())
+
+
+def changed(text: str) -> dict[str, float]:
+    """Settings from "name=value,name=value".
+
+    Raises:
+        ValueError: a part that is not of this form.
+    """
+    out = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        try:
+            out[name] = int(value) if value.isdigit() else float(value)
+        except ValueError:
+            raise ValueError(f"changes must be name=number, separated by commas; got {part!r} in {text!r}") from None
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", nargs="*", default=["compact"], help="names that ship, or exported files")
+    parser.add_argument("--changes", nargs="*", default=[], help="each name=value, or several with commas")
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--num-steps", type=int, default=500)
+    parser.add_argument("--num-tasks", type=int, default=12)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    artifacts = [load(weights) for weights in options.weights]
+    first = artifacts[0]
+    variants = {artifact.identity: (artifact.rule, artifact.theta) for artifact in artifacts}
+    for text in options.changes:
+        settings = {**first.rule.settings(), **changed(text)}
+        variants[text] = (rules.get(first.rule.kind, **settings), first.theta)
+    adam, draws = BASELINES["adam"], {"split": "meta_validation", "seeds": (5,), "num_tasks": options.num_tasks}
+    document: dict[str, Any] = {
+        "command": " ".join(["python -m benchmarks.rule_settings", *options.weights, "--changes", *options.changes]),
+        "num_steps": options.num_steps,
+        "num_tasks": options.num_tasks,
+        "steps_of_a_family": options.num_tasks * (options.num_steps - 8),
+        "results": {name: {"families": {}} for name in variants},
+    }
+    found: dict[str, list[np.ndarray]] = {name: [] for name in variants}
+    for label in options.families:
+        family = dict(FAMILIES[label])
+        batched = BatchedFamily(tasks.get(family.pop("name"), **family))
+        rate = tune(adam, batched, seed=0, num_tasks=8, horizon=options.num_steps).rate
+        assert rate is not None  # Adam does not diverge at every rate here
+        theirs = adam.run(batched, (rate,), horizon=options.num_steps, **draws).losses[:, 0].double().numpy()
+        for name, (rule, theta) in variants.items():
+            ours = run_rule(rule, theta, batched, horizon=options.num_steps, **draws).losses.double().numpy()
+            speeds = speedups(ours, theirs)
+            found[name].append(speeds)
+            row = {"speedup": float(trim_mean(speeds, 0.25)), "lost_steps": lost_steps(ours)}
+            document["results"][name]["families"][label] = row
+    for name, row in document["results"].items():
+        row["speedup"] = float(trim_mean(np.concatenate(found[name]), 0.25))
+        row["lost_steps"] = sum(one["lost_steps"] for one in row["families"].values())
+        each = ", ".join(f"{label} {one['speedup']:.2f}" for label, one in row["families"].items())
+        print(f"{name}: speed-up {row['speedup']:.2f}, {row['lost_steps']} steps lost; {each}")
+    write(options.out, document)
+
+
+if __name__ == "__main__":
+    main()
