@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.documents import plain, write
+from benchmarks.tuned_adam import tuned_adam
 from learned_opt.artifact import load
 from learned_opt.batched import BatchedFamily
-from learned_opt.evaluation import BASELINES, bootstrap, run_rule, tune
+from learned_opt.evaluation import bootstrap, run_rule
 from learned_opt.evaluation.metrics import Array, median, ratio_of_means
 from learned_opt.particles import EpisodePlan
 from learned_opt.task import draw_task
@@ -60,16 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     family, artifact = Lasso(), load(options.weights)
     batched = BatchedFamily(family, dtype=torch.float64)
-    draws: dict[str, Any] = {"seeds": (0,), "num_tasks": options.num_tasks, "horizon": STEPS[-1]}
-    rate = tune(BASELINES["adam"], batched, seed=0, num_tasks=options.num_tasks, horizon=STEPS[-1]).rate
-    assert rate is not None  # Adam does not diverge at every rate here
-    adam = BASELINES["adam"].run(batched, (rate,), split="meta_test", **draws).losses[:, 0]
-    learned = run_rule(artifact.rule, artifact.theta, batched, split="meta_test", **draws).losses
+    rate, adam = tuned_adam(batched, STEPS[-1], tuning_tasks=options.num_tasks, num_tasks=options.num_tasks)
+    draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": options.num_tasks, "horizon": STEPS[-1]}
+    learned = run_rule(artifact.rule, artifact.theta, batched, **draws).losses
     least, fista = (torch.tensor(values, dtype=torch.float64).numpy() for values in optima(family, options.num_tasks))
     results = {
         f"{steps} steps": {
             "learned": summary(learned[steps].numpy(), least),
-            "adam": summary(adam[steps].numpy(), least),
+            "adam": summary(adam[steps], least),
             "fista": summary(fista[k], least),
         }
         for k, steps in enumerate(STEPS)

@@ -20,16 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.documents import write
 from learned_opt import Artifact, LearnedOptimizer
 from learned_opt.artifact import load
+from learned_opt.evaluation import half_decades
+from tasks.data.images import load_images
 
 FROM_STEP, LEAP = 60, 4.0
 FITTED, LOST = 0.01, 0.1
-ADAM_RATES = (1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1)
+ADAM_RATES = half_decades(-3, -1)
 
 Loss = Callable[[nn.Module], torch.Tensor]
 Problem = tuple[nn.Module, Callable[[], Loss], Loss]
@@ -62,8 +63,7 @@ def digits(seed: int) -> Problem:
     """Handwritten digits in batches of 64."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    data = load_digits()
-    inputs, targets = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+    inputs, targets = load_images("digits")
 
     def loss_on(rows: torch.Tensor | slice) -> Loss:
         return lambda model: nn.functional.cross_entropy(model(inputs[rows]), targets[rows])
@@ -84,20 +84,16 @@ def curve(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / num_steps))
     losses = []
     for _ in range(num_steps):
-        on_batch = draw()
-        if on_batch is not all_data:
-            with torch.no_grad():
-                losses.append(all_data(model).item())
+        with torch.no_grad():
+            losses.append(all_data(model).item())
         optimizer.zero_grad()
-        loss = on_batch(model)
+        loss = draw()(model)
         loss.backward()
         if isinstance(optimizer, LearnedOptimizer):
             optimizer.step(loss=loss)
         else:
             optimizer.step()
         scheduler.step()
-        if on_batch is all_data:
-            losses.append(loss.item())
     return losses
 
 

@@ -21,9 +21,10 @@ import torch
 
 from benchmarks.documents import plain, write
 from benchmarks.mnist import command_line
+from benchmarks.tuned_adam import tuned_adam
 from learned_opt.artifact import Artifact, load
 from learned_opt.batched import BatchedFamily
-from learned_opt.evaluation import BASELINES, bootstrap, run_rule, tune
+from learned_opt.evaluation import bootstrap, run_rule
 from learned_opt.evaluation.metrics import diverged, final_losses, ratio_of_means
 from tasks.image_mlp import ImageMLP
 
@@ -38,15 +39,13 @@ def measure(
     artifact: Artifact, family: ImageMLP, horizons: Sequence[int], num_tasks: int, tuning: int
 ) -> dict[str, Any]:
     """The numbers of one network: {horizon: ...}."""
-    batched, adam = BatchedFamily(family), BASELINES["adam"]
+    batched = BatchedFamily(family)
     draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks}
     learned = run_rule(artifact.rule, artifact.theta, batched, horizon=max(horizons), **draws).losses.double().numpy()
     found = {}
     for horizon in horizons:
-        rate = tune(adam, batched, seed=0, num_tasks=tuning, horizon=horizon).rate
-        assert rate is not None  # Adam does not diverge at every rate here
-        runs = adam.run(batched, (rate,), horizon=horizon, **draws).losses[:, 0].double().numpy()
-        ours, theirs = final_losses(learned[: horizon + 1]), final_losses(runs)
+        rate, adam = tuned_adam(batched, horizon, tuning_tasks=tuning, num_tasks=num_tasks)
+        ours, theirs = final_losses(learned[: horizon + 1]), final_losses(adam)
         found[str(horizon)] = {
             "adam's rate": rate,
             "final loss": {"learned": float(ours.mean()), "adam": float(theirs.mean())},

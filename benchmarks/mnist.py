@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.documents import plain, write
+from benchmarks.tuned_adam import tuned_adam
 from learned_opt.artifact import Artifact, load
 from learned_opt.batched import BatchedFamily
-from learned_opt.evaluation import BASELINES, bootstrap, run_rule, tune
+from learned_opt.evaluation import bootstrap, run_rule
 from learned_opt.evaluation.metrics import ratio_of_means
 from tasks.image_mlp import ImageMLP
 
@@ -37,10 +38,8 @@ HORIZONS = (100, 200)
 def measure(artifact: Artifact, family: ImageMLP, horizon: int, num_tasks: int) -> dict[str, Any]:
     """The numbers of one network and horizon."""
     batched = BatchedFamily(family)
-    rate = tune(BASELINES["adam"], batched, seed=0, num_tasks=min(num_tasks, 16), horizon=horizon).rate
-    assert rate is not None  # Adam does not diverge at every rate here
+    rate, adam = tuned_adam(batched, horizon, tuning_tasks=min(num_tasks, 16), num_tasks=num_tasks)
     draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks, "horizon": horizon}
-    adam = BASELINES["adam"].run(batched, (rate,), **draws).losses[:, 0].double().numpy()
     learned = run_rule(artifact.rule, artifact.theta, batched, **draws).losses.double().numpy()
     return {
         "adam's rate": rate,

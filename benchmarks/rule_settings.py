@@ -23,25 +23,28 @@ from scipy.stats import trim_mean
 
 import tasks
 from benchmarks.documents import write
+from benchmarks.tuned_adam import tuned_adam
 from learned_opt import rules
 from learned_opt.artifact import load
 from learned_opt.batched import BatchedFamily
-from learned_opt.evaluation import BASELINES, run_rule, tune
+from learned_opt.evaluation import run_rule
 from learned_opt.evaluation.speedup import speedups
+from tasks.suites import SUITES
 
+_SEED = 5
 _DIGITS = {"name": "image_mlp", "dataset": "digits", "init": "fan_in"}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "silu": {**_DIGITS, "hidden": [24, 24], "activation": "silu", "init_scale": 1.0},
-    "leaky": {**_DIGITS, "hidden": [48], "activation": "leaky_relu", "init_scale": 1.4},
-    "sigmoid": {"name": "image_mlp", "dataset": "digits", "hidden": [20], "activation": "sigmoid"},
+    "silu": SUITES["validation"]["digits silu 24-24"],
+    "leaky": SUITES["validation"]["digits leaky relu 48"],
+    "sigmoid": SUITES["train"]["digits sigmoid 20"],
     "label noise": {**_DIGITS, "hidden": [24], "activation": "tanh", "label_noise": 0.2, "batch_size": 32},
     "text": {"name": "char_mlp", "batch_size": 8, "hidden": 24},
-    "rosenbrock": {"name": "rosenbrock"},
+    "rosenbrock": SUITES["validation"]["rosenbrock"],
     "powell": {"name": "powell"},
     "linear network": {"name": "linear_network"},
     "softmax regression": {"name": "softmax_regression"},
     "robust regression": {"name": "robust_regression"},
-    "quadratic": {"name": "spectrum_quadratic"},
+    "quadratic": SUITES["train"]["quadratic"],
 }
 
 
@@ -85,23 +88,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for text in options.changes:
         settings = {**first.rule.settings(), **changed(text)}
         variants[text] = (rules.get(first.rule.kind, **settings), first.theta)
-    adam, draws = BASELINES["adam"], {"split": "meta_validation", "seeds": (5,), "num_tasks": options.num_tasks}
+    given = ["--changes", *options.changes] if options.changes else []
     document: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.rule_settings", *options.weights, "--changes", *options.changes]),
+        "command": " ".join(["python -m benchmarks.rule_settings", *options.weights, *given]),
         "num_steps": options.num_steps,
         "num_tasks": options.num_tasks,
         "steps_of_a_family": options.num_tasks * (options.num_steps - 8),
         "results": {name: {"families": {}} for name in variants},
     }
     found: dict[str, list[np.ndarray]] = {name: [] for name in variants}
-    for label in options.families:
-        family = dict(FAMILIES[label])
-        batched = BatchedFamily(tasks.get(family.pop("name"), **family))
-        rate = tune(adam, batched, seed=0, num_tasks=8, horizon=options.num_steps).rate
-        assert rate is not None  # Adam does not diverge at every rate here
-        theirs = adam.run(batched, (rate,), horizon=options.num_steps, **draws).losses[:, 0].double().numpy()
+    num_steps, num_tasks = options.num_steps, options.num_tasks
+    for label, family in tasks.build({label: FAMILIES[label] for label in options.families}).items():
+        batched = BatchedFamily(family)
+        draws: dict[str, Any] = {"split": "meta_validation", "num_tasks": num_tasks}
+        _, theirs = tuned_adam(batched, num_steps, tuning_tasks=8, seed=_SEED, **draws)
         for name, (rule, theta) in variants.items():
-            ours = run_rule(rule, theta, batched, horizon=options.num_steps, **draws).losses.double().numpy()
+            runs = run_rule(rule, theta, batched, horizon=num_steps, seeds=(_SEED,), **draws)
+            ours = runs.losses.double().numpy()
             speeds = speedups(ours, theirs)
             found[name].append(speeds)
             row = {"speedup": float(trim_mean(speeds, 0.25)), "lost_steps": lost_steps(ours)}

@@ -32,8 +32,8 @@ def random_theta(rule, seed):
     return {n: torch.randn(v.shape, generator=generator).double() / 2 for n, v in rule.init_theta(generator).items()}
 
 
-def compare(rule, thetas, per_set, count):
-    """Three steps of all sets together beside each set's own by the rule's definition."""
+def three_steps(rule, thetas, per_set, count):
+    """(Found, wanted) updates and state: all sets together, and each set's own by the rule's definition."""
     n, generator = per_set * len(thetas), torch.Generator().manual_seed(3)
     state = rule.init_state(n, dtype=torch.float64)
     if "step" in state and count == "shared":
@@ -50,23 +50,23 @@ def compare(rule, thetas, per_set, count):
         for k, theta in enumerate(thetas):
             part = slice(k * per_set, (k + 1) * per_set)
             want, alone[k] = rule.update(theta, grads[part], torch.zeros(per_set).double(), alone[k])
-            torch.testing.assert_close(update[part], want, rtol=1e-10, atol=1e-13)
-            for name, value in alone[k].items():
-                if name != "step":
-                    torch.testing.assert_close(state[name][..., part], value, rtol=1e-10, atol=1e-13)
+            yield update[part], want
+            yield from ((state[name][..., part], value) for name, value in alone[k].items() if name != "step")
 
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("count", ["shared", "own"])
 @pytest.mark.parametrize("n", [1, 99, 511, 512, 800, 2403])
 def test_one_optimizer(rule, n, count):
-    compare(rule, [random_theta(rule, 0)], n, count)
+    for found, want in three_steps(rule, [random_theta(rule, 0)], n, count):
+        torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("per_set", [1, 40, 100, 101, 900])
 def test_several_side_by_side(rule, per_set):
-    compare(rule, [random_theta(rule, seed) for seed in range(11)], per_set, "own")
+    for found, want in three_steps(rule, [random_theta(rule, seed) for seed in range(11)], per_set, "own"):
+        torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-13)
 
 
 def test_nothing_to_do(rule):

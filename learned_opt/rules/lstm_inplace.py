@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import torch
 
-from learned_opt.rules.base import fitting_chunk
+from learned_opt.rules.base import fitting_chunk, slice_coordinates
 from learned_opt.rules.features import NUM_FEATURES, bias_correction, log_and_sign
 from learned_opt.rules.lstm import LSTMRule
-from learned_opt.rules.lstm_torch import doubled_candidates
+from learned_opt.rules.lstm_torch import doubled_candidates, with_bias
 from learned_opt.task import Tensors
 
 _BLOCKS = 8
@@ -35,9 +35,9 @@ class LSTMStep:
     def __init__(self, rule: LSTMRule, theta: Tensors, num_blocks: int, width: int) -> None:
         c = self._config = rule.config
         self._shape = (num_blocks, width)
-        self._dense = _for_blocks(_with_bias(theta, "dense"), num_blocks) if c.dense_units else None
+        self._dense = _for_blocks(with_bias(theta, "dense"), num_blocks) if c.dense_units else None
         self._layers = [_for_blocks(doubled_candidates(theta, layer), num_blocks) for layer in range(c.num_layers)]
-        self._output = _for_blocks(_with_bias(theta, "output"), num_blocks)
+        self._output = _for_blocks(with_bias(theta, "output"), num_blocks)
         like = theta["output.bias"]
 
         def ending_in_ones(rows: int) -> torch.Tensor:
@@ -122,11 +122,6 @@ class LSTMStep:
         return v != 0
 
 
-def _with_bias(theta: Tensors, name: str) -> torch.Tensor:
-    """A layer's weights, the bias as their last column."""
-    return torch.cat([theta[f"{name}.weight"], theta[f"{name}.bias"][..., None]], -1)
-
-
 def _for_blocks(weight: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """Weights with a leading dimension of blocks."""
     return weight if weight.dim() == 3 else weight.expand(num_blocks, -1, -1)
@@ -153,8 +148,7 @@ class LSTMSteps:
             self._size, self._parts = len(grads), self._cut(len(grads))
         update = torch.empty_like(grads)
         for part, step in self._parts:
-            own = {name: v if v.shape[-1] == 1 else v[..., part] for name, v in state.items()}
-            update[part] = step(grads[part], own)
+            update[part] = step(grads[part], slice_coordinates(state, part.start, part.stop))
         return update
 
     def _cut(self, n: int) -> list[tuple[slice, LSTMStep]]:

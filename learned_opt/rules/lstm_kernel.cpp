@@ -391,6 +391,16 @@ inline float doubtful(float ratio, float doubt) {
   const float some = doubt / 1.5f, once = some > 1.0f ? some : some <= 1.0f ? 1.0f : some;  // NaN stays
   return ratio * (once * once) * (once * once);
 }
+// The bound of every coordinate of a block; doubts, where there are any, move on.
+inline void most_of(float ratio, const float* __restrict g, const float* __restrict recent, float* __restrict doubt,
+                    float beta, float rest, float* __restrict out) {
+  for (int j = 0; j < WIDTH; ++j) out[j] = ratio;
+  if (beta > 0.0f)
+    for (int j = 0; j < WIDTH; ++j) {
+      doubt[j] = doubted(g[j], recent[j], doubt[j], beta, rest);
+      out[j] = doubtful(ratio, doubt[j]);
+    }
+}
 // See `features._faded` in Python.
 inline float faded(float x, float most) { return std::fabs(x) > most ? most * (most / x) : x; }  // NaN stays
 
@@ -407,14 +417,8 @@ inline void momenta(const Inputs& in, const float* __restrict g, bool same, Aver
       rest[i] = float(1.0 - in.betas[i]);
     }
     float* __restrict directions = out + FEATURES * WIDTH;
-    const float doubt_beta = float(in.betas[5]), doubt_rest = float(1.0 - in.betas[5]);
     alignas(64) float ratio[WIDTH];
-    for (int j = 0; j < WIDTH; ++j) ratio[j] = in.ratio;
-    if (doubt_beta > 0.0f)
-      for (int j = 0; j < WIDTH; ++j) {
-        a.v[2][j] = doubted(g[j], a.v[1][j], a.v[2][j], doubt_beta, doubt_rest);
-        ratio[j] = doubtful(in.ratio, a.v[2][j]);
-      }
+    most_of(in.ratio, g, a.v[1], a.v[2], float(in.betas[5]), float(1.0 - in.betas[5]), ratio);
     for (int j = 0; j < WIDTH; ++j) {
       for (int i = 0; i < 3; ++i) a.m[i][j] = a.m[i][j] * beta[i] + g[j] * rest[i];
       for (int i = 0; i < 2; ++i) a.v[i][j] = a.v[i][j] * beta[3 + i] + g[j] * g[j] * rest[3 + i];
@@ -999,15 +1003,14 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, d
       float part[10][WIDTH] = {};
       for (long i = start; i < stop; i += WIDTH) {
         const int width = stop - i < WIDTH ? int(stop - i) : WIDTH;
-        alignas(64) float x[7][WIDTH] = {};
+        alignas(64) float x[7][WIDTH], most_ratio[WIDTH];
         load_row(grads + i, width, x[0]);
         for (int k = 0; k < 3; ++k) load_row(m + k * ld + i, width, x[1 + k]);
         for (int k = 0; k < num_v; ++k) load_row(v + k * ld + i, width, x[4 + k]);
+        most_of(ratio, x[0], x[5], x[6], doubt_keep, doubt_rest, most_ratio);
         for (int j = 0; j < WIDTH; ++j) {
           const float now = x[0][j] * x[0][j], recent = x[5][j] * recent_keep + now * recent_rest;
-          const float doubt = doubted(x[0][j], x[5][j], x[6][j], doubt_keep, doubt_rest);
-          const float most_ratio = num_v == 3 ? doubtful(ratio, doubt) : ratio;
-          const float square = bounded(x[4][j] * keep + now * rest, recent, x[0][j], most_ratio);
+          const float square = bounded(x[4][j] * keep + now * rest, recent, x[0][j], most_ratio[j]);
           const float scale = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f, most = std::sqrt(recent) * scale;
           float a = x[0][j] * scale, b1 = x[1][j] * scale;
           float b2 = faded(x[2][j] * scale, most), b3 = faded(x[3][j] * scale, most);

@@ -24,12 +24,17 @@ from torch.nn import functional as F
 from learned_opt.task import Tensors
 
 
+def with_bias(theta: Tensors, name: str) -> torch.Tensor:
+    """A layer's weights [..., outputs, inputs + 1], the bias as their last column."""
+    return torch.cat([theta[f"{name}.weight"], theta[f"{name}.bias"][..., None]], -1)
+
+
 def doubled_candidates(theta: Tensors, layer: int) -> torch.Tensor:
     """A layer's weights [..., 4 hidden, inputs + hidden + 1], biases last, such that σ of the product gives every gate.
 
     The candidate is 2σ − 1 of its rows.
     """
-    weight = torch.cat([theta[f"lstm.{layer}.weight"], theta[f"lstm.{layer}.bias"][..., None]], -1)
+    weight = with_bias(theta, f"lstm.{layer}")
     weight[..., 3 * weight.shape[-2] // 4 :, :] *= 2
     return weight
 
