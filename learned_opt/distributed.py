@@ -26,6 +26,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Its functions have the group of their import as a default. Loaded inside a run (an optimizer of torch loads it) they
+# would keep that group over its end, and its threads, which may then want the lock of an interpreter that is gone.
+import torch.distributed.nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 

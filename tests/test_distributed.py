@@ -19,6 +19,19 @@ from learned_opt.meta_loss import MetaLoss
 
 PROGRAM = torchrun.ROOT / "tests" / "rank_cases.py"
 
+ENDING = """
+import pathlib, torch
+from learned_opt import distributed
+
+def threads():
+    return sum("gloo" in path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+
+with distributed.start() as ranks:
+    torch.optim.Adam([ranks.sum(torch.ones(2))])  # loads parts of torch that know of groups
+    print(f"inside:{threads() > 0}\\n", end="", flush=True)
+print(f"after:{threads()}\\n", end="", flush=True)
+"""
+
 
 @pytest.fixture(scope="module")
 def two_then_four(tmp_path_factory):
@@ -170,3 +183,11 @@ def test_a_rank_whose_torchrun_is_gone_says_so(monkeypatch):
         said = rf"torchrun .* cannot be reached at 127\.0\.0\.1:{port} .*start it again"
         with pytest.raises(LostRank, match=said), distributed.start():
             pass
+
+
+def test_no_thread_of_the_network_outlives_the_group(tmp_path):
+    """A thread that is left ends a process with SIGABRT, now and then, where the interpreter has gone before it."""
+    (tmp_path / "ending.py").write_text(ENDING)
+    done = torchrun.run(torchrun.command(2, "ending.py"), tmp_path, anew=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["after:0", "after:0", "inside:True", "inside:True"]
