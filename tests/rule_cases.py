@@ -35,7 +35,7 @@ def arguments(context: Context | None) -> tuple[Context, ...]:
 
 
 def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
-    """The context [4] of a mixture's one tensor: cosines, written as they are defined."""
+    """The context [4 or 5] of a mixture's one tensor: cosines, written as they are defined, and lengths."""
     c = rule.settings()
     average, recent = (
         beta * v + (1 - beta) * grads**2 for beta, v in zip((c["square"], c["recent_square"]), state["v"])
@@ -52,6 +52,11 @@ def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> 
     for one, other in ((now, first), (now, both), (now, all_three), (first, all_three)):
         norms = one.norm() * other.norm()
         cosines.append(one @ other / norms if norms > 0 else torch.zeros_like(norms))
+    if c["signal"] and now.norm() > 0:
+        age = state["step"][seen] if state["step"].numel() > 1 else state["step"]
+        cosines.append((third / (1 - c["slow"] ** age.clamp_min(1))).norm() / now.norm())
+    elif c["signal"]:
+        cosines.append(torch.zeros_like(cosines[0]))
     c = torch.stack(cosines)
     return 10 * c / (1 + 10 * c.abs())
 

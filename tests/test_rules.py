@@ -32,6 +32,7 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "no_momentum": ("lstm", {"beta": 0.0, "output_scale": 2.0}),
     "growing": ("mixture", {"growth": 0.1}),
     "doubting": ("mixture", {"growth": 0.1, "doubt": 0.9}),
+    "told_of_signal": ("mixture", {"growth": 0.1, "signal": True}),
     "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
 N, STEPS = 11, 6
@@ -461,7 +462,7 @@ def test_normalized_inputs_do_not_see_the_scale(name, scale):
 
 
 def numpy_agreement(config, grads):
-    """[steps, 4] for gradients [steps, n] of one tensor: averages as weighted sums over the past, then cosines."""
+    """[steps, 4 or 5] for gradients [steps, n] of one tensor: averages as weighted sums over the past, then cosines."""
     g, out = np.asarray(grads, dtype=np.float64), []
 
     def average(values, beta):
@@ -482,6 +483,9 @@ def numpy_agreement(config, grads):
         pairs = [(now, first), (now, first + second), (now, first + second + third), (first, first + second + third)]
         norms = [np.linalg.norm(x) * np.linalg.norm(y) for x, y in pairs]
         c = np.array([x @ y / norm if norm else 0.0 for (x, y), norm in zip(pairs, norms)])
+        if config["signal"]:
+            unbiased = third / (1 - config["slow"] ** max(t, 1))
+            c = np.append(c, np.linalg.norm(unbiased) / np.linalg.norm(now) if now.any() else 0.0)
         out.append(10 * c / (1 + 10 * abs(c)))
     return np.stack(out)
 
@@ -496,7 +500,7 @@ def told_in_a_run(rule, theta, grads, layout):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("variant", ["paced", "grows_fast"])
+@pytest.mark.parametrize("variant", ["paced", "grows_fast", "told_of_signal"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=str)
 @pytest.mark.usefixtures("kernels")
 def test_agreement_is_that_of_each_tensor_s_gradients(variant, dtype, tolerance):
@@ -505,14 +509,14 @@ def test_agreement_is_that_of_each_tensor_s_gradients(variant, dtype, tolerance)
     grads[:, 7], grads[:5, 9] = 0.0, 0.0  # never seen, and seen late
     grads[6:] = grads[6:].abs()  # from here on they agree
     got = told_in_a_run(rule, theta_of(rule, dtype), grads.to(dtype), TensorLayout(sizes, 2))
-    assert got.dtype == dtype and got.shape == (12, 4, 8)
+    assert got.dtype == dtype and got.shape == (12, rule.num_context, 8)
     start = 0
     for k, size in enumerate(sizes * 2):
         want = numpy_agreement(rule.settings(), grads[:, start : start + size])
         np.testing.assert_allclose(got[:, :, k].double().numpy(), want, rtol=tolerance, atol=tolerance)
         start += size
     assert (got[0] == 0).all() and got[1:].abs().min() > 0 and got.abs().max() < 1
-    assert got[1, :, 0].double().tolist() == pytest.approx([10 / 11 * math.copysign(1, got[1, 0, 0])] * 3 + [10 / 11])
+    assert got[1, :4, 0].double().tolist() == pytest.approx([10 / 11 * math.copysign(1, got[1, 0, 0])] * 3 + [10 / 11])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -531,6 +535,23 @@ def test_one_bad_number_does_not_spoil_what_the_others_tell(dtype):
         assert (context(rule, values.to(dtype), state, TensorLayout((4,))).values == 0).all()
 
 
+@pytest.mark.usefixtures("kernels")
+def test_the_strength_of_the_signal():
+    """Some √((1 − β)/(1 + β)) = 0.022 for noise alone, and one for a gradient that stays: x to 10x/(1 + 10x)."""
+    rule, generator = rules.get("paced", signal=True), torch.Generator().manual_seed(0)
+    noise = torch.randn(3000, 400, generator=generator, dtype=torch.float32)
+    state = rule.init_state(400)
+    for grad in noise:
+        state["m"] = torch.stack([b * m + (1 - b) * grad for b, m in zip((0.9, 0.99, 0.999), state["m"])])
+        state["v"] = torch.stack([b * v + (1 - b) * grad**2 for b, v in zip((0.99, 0.9), state["v"])])
+        state["step"] += 1
+    told = context(rule, noise[0], state, TensorLayout((400,))).values[4]
+    assert float(told) == pytest.approx(0.183, abs=0.02)
+    steady, theta = noise[:1].expand(30, -1), theta_of(rule, torch.float32)
+    told = told_in_a_run(rule, theta, steady, TensorLayout((400,)))[:, 4, 0]
+    assert told[0] == 0 and told[1:].tolist() == pytest.approx([10 / 11] * 29, rel=1e-4)
+
+
 def test_agreement_of_sums():
     a, first, second, third = np.array([[2.0, 1.0, -1.0], [1.0, 3.0, 0.0], [0.0, -2.0, 2.0], [-4.0, 0.5, 1.0]])
     pairs = [(a, first), (a, first + second), (a, first + second + third), (first, first + second + third)]
@@ -545,6 +566,9 @@ def test_agreement_of_sums():
     cancels = torch.tensor([4.0, 9.0, 9.0, 0.0, 3.0, -3.0, 0.0, -9.0, 0.0, 0.0], dtype=torch.float64)
     assert agreement(cancels).tolist() == pytest.approx([5 / 6, 0.0, 0.0, 0.0])  # the slower undoes the faster
     assert agreement(torch.zeros(10, 2)).equal(torch.zeros(4, 2))
+    assert agreement(torch.zeros(11, 2)).equal(torch.zeros(5, 2))
+    told = agreement(torch.cat([alone, torch.tensor([1.0]).double()]))
+    assert told.tolist() == pytest.approx([5 / 6] * 3 + [10 / 11, 5 / 6])  # half as long as the gradient
 
 
 def test_terms_of_agreement():
@@ -556,6 +580,11 @@ def test_terms_of_agreement():
     assert (got[:, 0] * 11.5).tolist() == pytest.approx(want)
     got = agreement_terms(torch.tensor([4.0]).double(), state, betas, 1.0)  # 11.5 is more than w allows
     assert (got[:, 0] * 8).tolist() == pytest.approx(want)
+    betas = (0.0, 0.0, 0.5, 0.75, 0.5)
+    for step, bias in ((0, 0.5), (1, 0.5), (3, 0.875)):
+        old = {**state, "step": torch.tensor([step]).double()}
+        got = agreement_terms(torch.tensor([4.0]).double(), old, betas, 1.0, signal=True)
+        assert len(got) == 11 and float(got[10, 0] * 8) == pytest.approx((third / bias) ** 2)
 
 
 def test_what_normalizes_is_bounded_by_what_gradients_have_been_of_late():
@@ -834,6 +863,7 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("compact", {"dense_units": -1}, "dense_units must be at least 0; got -1"),
         ("compact", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ("compact", {"hidden_size": 0}, "hidden_size must be at least 1; got 0"),
+        ("mixture", {"signal": True}, "signal needs growth: .*; give a growth above 0"),
         ("mixture", {"doubt": 1.0}, r"doubt must lie in \[0, 1\); got 1.0"),
         ("mixture", {"doubt": -0.5}, r"doubt must lie in \[0, 1\); got -0.5"),
         ("paced", {"growth": -0.1}, "growth must be finite and not negative; got -0.1"),

@@ -184,23 +184,27 @@ def _root(square: torch.Tensor) -> torch.Tensor:
 
 
 NUM_CONTEXT = 4
-"""Rows of `agreement`."""
+"""Rows of `agreement` without the strength of the signal."""
+_NUM_SUMS = 10
 _SOUND = 1e15
 _SHARPNESS = 10.0
 
 
-def agreement_terms(grads: torch.Tensor, state: Tensors, betas: tuple[float, ...], ratio: float) -> torch.Tensor:
-    """The products that `agreement` needs summed over a tensor's coordinates, [10, n].
+def agreement_terms(
+    grads: torch.Tensor, state: Tensors, betas: tuple[float, ...], ratio: float, signal: bool = False
+) -> torch.Tensor:
+    """The products that `agreement` needs summed over a tensor's coordinates, [10, n], or [11, n] with `signal`.
 
     With a = g/√s and bᵢ = mᵢ/√s, where m are the averages before the step, s is the average square after it, bounded by
     the recent one w, and b₂ and b₃ fade beyond ±√(w/s), as in `momenta`: a², b₁², b₂², b₃², a·b₁, a·b₂, a·b₃, b₁·b₂,
-    b₁·b₃, b₂·b₃. Coordinates that have seen no gradient count zero, and so do those where something is not finite: one
-    bad number must not spoil the others.
+    b₁·b₃, b₂·b₃; and with `signal` b₃² without the bias of a young average. Coordinates that have seen no gradient
+    count zero, and so do those where something is not finite: one bad number must not spoil the others.
 
     Args:
         grads: [n].
-        state: "m" [3, n], "v" [2 or 3, n].
+        state: "m" [3, n], "v" [2 or 3, n], and with `signal` "step" [n] or [1].
         betas, ratio: as in `momenta`.
+        signal: whether `agreement` is to tell how strong the signal is.
     """
     now = grads * grads
     average, recent = (v * beta + now * (1 - beta) for v, beta in zip(state["v"][:2], betas[NUM_MOMENTA:]))
@@ -214,11 +218,15 @@ def agreement_terms(grads: torch.Tensor, state: Tensors, betas: tuple[float, ...
     sound = seen & (scaled.detach().abs().sum(0) < _SOUND)  # a comparison that NaN fails
     a, first, second, third = torch.where(sound, scaled, 0.0)
     squares = [a * a, first * first, second * second, third * third]
-    return torch.stack([*squares, a * first, a * second, a * third, first * second, first * third, second * third])
+    terms = [*squares, a * first, a * second, a * third, first * second, first * third, second * third]
+    if signal:
+        age = state["step"].to(grads.dtype).clamp_min(1)  # before the first step the average is zero
+        terms.append(squares[-1] / bias_correction(age, betas[NUM_MOMENTA - 1]).square())
+    return torch.stack(terms)
 
 
 def agreement(sums: torch.Tensor) -> torch.Tensor:
-    """How well a tensor's gradient agrees with its momenta: [4, …] in (−1, 1).
+    """How well a tensor's gradient agrees with its momenta: [4, …] in (−1, 1), and with eleven sums [5, …].
 
     With a and bᵢ of `agreement_terms`: cosines of the angles between a and b₁, a and b₁ + b₂, a and b₁ + b₂ + b₃, and
     between b₁ and b₁ + b₂ + b₃. Each is passed through 10c/(1 + 10|c|), since it is around zero that they tell steps
@@ -226,14 +234,21 @@ def agreement(sums: torch.Tensor) -> torch.Tensor:
     is averaged out as well, and when the gradient has changed, one that remembers the old one is outvoted sooner. Zero
     before the second step.
 
+    The fifth is ρ = |b̂₃| / |a| passed through the same: how long the average over many steps is beside the gradient,
+    which says how much of a gradient is signal. It is some 0.02 for nothing but noise and one for a gradient that stays
+    what it is. The weaker the signal, the smaller a cosine still means that steps are too short.
+
     Args:
-        sums: of `agreement_terms` over the tensor, [10, …].
+        sums: of `agreement_terms` over the tensor, [10 or 11, …].
     """
-    a, one, second, third, a_first, a_second, a_third, first_second, first_third, second_third = sums
+    a, one, second, third, a_first, a_second, a_third, first_second, first_third, second_third = sums[:_NUM_SUMS]
     two = one + second + 2 * first_second
     three = two + third + 2 * (first_third + second_third)
     squares = torch.stack([a * one, a * two, a * three, one * three])
     products = [a_first, a_first + a_second, a_first + a_second + a_third, one + first_second + first_third]
     known = squares > 0
     cosines = torch.where(known, torch.stack(products) * torch.where(known, squares, 1.0).rsqrt(), 0.0)
+    if len(sums) > _NUM_SUMS:
+        length = _root(torch.where(a > 0, sums[_NUM_SUMS] / torch.where(a > 0, a, 1.0), 0.0))
+        cosines = torch.cat([cosines, length[None]])
     return _SHARPNESS * cosines / (1 + _SHARPNESS * cosines.abs())

@@ -44,6 +44,7 @@ typedef float Loose __attribute__((vector_size(LANES * sizeof(float)), aligned(s
 typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
 constexpr bool GROWS = CONTEXT > 0;
+constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the fifth number of the context
 constexpr int SKIPS = GROWS ? FEATURES : 0;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
 constexpr float MOST_SHRUNK = 12.0f;              // bound of the logarithm that a step has shrunk by
@@ -988,9 +989,11 @@ void lstm_normalized_back(const float* grads, const float* m, const float* v, co
 // Sums over the coordinates of every tensor, bounds [tensors + 1] telling where each begins, of
 // a², b₁², b₂², b₃², a b₁, a b₂, a b₃, b₁ b₂, b₁ b₃ and b₂ b₃, where a is the gradient and b the averages of it before the
 // step, all divided by the root of the average square after it, bounded as in `features.bounded_square`, and b₂ and b₃
-// faded beside the root of the recent one. What is not finite is left out. sums [10, tensors].
-void lstm_context(const float* grads, const float* m, const float* v, long ld, double beta, double recent_beta,
-                  double doubt_beta, float ratio, const long* bounds, long tensors, double* sums, int threads) {
+// faded beside the root of the recent one; where the signal is told, b₃² once more, without the bias that an average has
+// after so many steps. What is not finite is left out. sums [10 or 11, tensors].
+void lstm_context(const float* grads, const float* m, const float* v, long ld, const float* step, int shared_step,
+                  double slow_beta, double beta, double recent_beta, double doubt_beta, float ratio, const long* bounds,
+                  long tensors, double* sums, int threads) {
   const float keep = float(beta), rest = float(1.0 - beta);
   const float recent_keep = float(recent_beta), recent_rest = float(1.0 - recent_beta);
   const float doubt_keep = float(doubt_beta), doubt_rest = float(1.0 - doubt_beta);
@@ -1035,10 +1038,15 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, d
         for (int j = 0; j < WIDTH; ++j) total[k] += part[k][j];
     }
     for (int k = 0; k < 10; ++k) sums[k * tensors + s] = total[k];
+    if (TELLS_SIGNAL) {
+      const double age = step[shared_step ? 0 : bounds[s]];
+      const double correction = -std::expm1((age > 1.0 ? age : 1.0) * std::log(slow_beta));
+      sums[10 * tensors + s] = total[3] / (correction * correction);
+    }
   }
 }
 
-// See `features.agreement`: from those sums to how well they agree, [4, tensors].
+// See `features.agreement`: from those sums to how well they agree, [4 or 5, tensors].
 void lstm_agreement(const double* sums, long tensors, double* out) {
   for (long s = 0; s < tensors; ++s) {
     double q[10];
@@ -1049,6 +1057,10 @@ void lstm_agreement(const double* sums, long tensors, double* out) {
     for (int k = 0; k < 4; ++k) {
       const double sharp = squares[k] > 0.0 ? 10.0 * (products[k] / std::sqrt(squares[k])) : 0.0;
       out[k * tensors + s] = sharp / (1.0 + std::fabs(sharp));
+    }
+    if (TELLS_SIGNAL) {
+      const double sharp = q[0] > 0.0 ? 10.0 * std::sqrt(sums[10 * tensors + s] / q[0]) : 0.0;
+      out[4 * tensors + s] = sharp / (1.0 + sharp);
     }
   }
 }

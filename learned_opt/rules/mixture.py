@@ -18,6 +18,9 @@ quarter of that with the fastest, half of the coordinate's own with the fastest,
 gradients go on as before, and shrink where they turn. That much is the idea of Rprop (Riedmiller and Braun 1993) and of
 hypergradients (Baydin et al. 2018); when, by how much, and for how long it is right is learned.
 
+With `signal` it is told, as well, how much of the tensor's gradient is signal. In noise a gradient agrees little with
+its past, however short the steps are; a rule that shrinks steps below a certain agreement then shrinks them for ever.
+
 Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction times the exponential
 of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
 """
@@ -69,6 +72,7 @@ class MixtureRuleConfig(RuleConfig):
         growth: the most that a step's logarithm grows or shrinks by for good in one step, not negative; 0 leaves this
             out, the state that it needs, and what is asked of whole tensors.
         most_grown: bound of the logarithm that a step has grown by for good, in (0, 12]; it may shrink by e^−12.
+        signal: whether the LSTM is told, beside how gradients agree, how strong their signal is; needs `growth`.
         basis: matrices are taken in the eigenvectors of their gradients' second moments (`learned_opt.rules.basis`)
             along sides of at most so many rows or columns; 0 for none.
         basis_decay: decay of those second moments, in [0, 1).
@@ -88,6 +92,7 @@ class MixtureRuleConfig(RuleConfig):
     range: float = 6.0
     growth: float = 0.0
     most_grown: float = 12.0
+    signal: bool = False
     basis: int = 0
     basis_decay: float = 0.95
     basis_every: int = 5
@@ -105,6 +110,8 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(f"most_grown must lie in (0, 12]; got {self.most_grown}")
         if not 0 <= self.growth < math.inf:
             raise ValueError(f"growth must be finite and not negative; got {self.growth}")
+        if self.signal and not self.growth:
+            raise ValueError("signal needs growth: without it nothing is asked of whole tensors; give a growth above 0")
         for name in ("hidden_size", "basis_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -134,7 +141,7 @@ class MixtureRule(CompiledRule):
 
     def __init__(self, config: MixtureRuleConfig | None = None) -> None:
         c = self.config = config or MixtureRuleConfig()
-        self.num_context = NUM_CONTEXT if c.growth else 0
+        self.num_context = NUM_CONTEXT + c.signal if c.growth else 0
         self.basis = Basis(longest=c.basis, decay=c.basis_decay, every=c.basis_every) if c.basis else None
 
     def init_theta(self, generator: torch.Generator) -> Tensors:
@@ -158,10 +165,14 @@ class MixtureRule(CompiledRule):
         if self.config.growth:
             # Without an LSTM's say this is Adam whose steps find their scale.
             theta["output.weight"].zero_()
+            told = [0.25, 0.5, 0.5, 0.0]
             theta["output.bias"][-1] = -0.2  # steps shrink where nothing speaks for longer ones
+            if self.config.signal:  # less so where the signal is weak, so that it takes less to speak for them
+                told.append(-0.15)
+                theta["output.bias"][-1] += 0.15
             theta["output.skip"] = torch.zeros(self._num_inputs)
             theta["output.skip"][_OWN_AGREEMENT] = 0.5
-            theta["output.skip"][NUM_EVEN:] = torch.tensor([0.25, 0.5, 0.5, 0.0])
+            theta["output.skip"][NUM_EVEN:] = torch.tensor(told)
         return theta
 
     @property
@@ -173,7 +184,7 @@ class MixtureRule(CompiledRule):
         return 1 + NUM_DIRECTIONS + (self.config.growth > 0)
 
     def context_terms(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
-        return agreement_terms(grads, state, self.config.betas, self.config.square_ratio)
+        return agreement_terms(grads, state, self.config.betas, self.config.square_ratio, self.config.signal)
 
     def context_of(self, sums: torch.Tensor) -> torch.Tensor:
         kernel = native.kernel(self.native_shape) if native.unrecorded(sums, dtype=torch.float64) else None
@@ -205,7 +216,7 @@ class MixtureRule(CompiledRule):
     ) -> tuple[torch.Tensor, Tensors]:
         c = self.config
         directions, inputs, new_state, active = momenta(grads, state, c.betas, c.square_ratio, c.eps)
-        told = [grads.new_zeros(NUM_CONTEXT, len(grads)) if context is None else context] if c.growth else []
+        told = [grads.new_zeros(self.num_context, len(grads)) if context is None else context] if c.growth else []
         joined = torch.cat([inputs, *told, state["hidden"][0]])
         gates = torch.addmm(theta["lstm.0.bias"][:, None], theta["lstm.0.weight"], joined)
         i, f, o = gates[: 3 * c.hidden_size].sigmoid().chunk(3)

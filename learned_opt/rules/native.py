@@ -20,7 +20,7 @@ import torch
 from learned_opt.rules import build
 from learned_opt.rules import native_calls as calls
 from learned_opt.rules.context import Context, TensorLayout
-from learned_opt.rules.features import NUM_AVERAGES, NUM_MOMENTA
+from learned_opt.rules.features import NUM_AVERAGES, NUM_CONTEXT, NUM_MOMENTA
 from learned_opt.task import Tensors
 
 _SOURCE = Path(__file__).with_name("lstm_kernel.cpp")
@@ -147,6 +147,7 @@ class LSTMKernel:
         self._step, self._backward, self._pack = library.lstm_step, library.lstm_backward, library.lstm_pack
         self._context, self._normalized_back = library.lstm_context, library.lstm_normalized_back
         self._agreement = library.lstm_agreement
+        self._tells_signal = shape.num_context > NUM_CONTEXT
         self.weights_size = int(library.lstm_weights_size())
         self.theta_size = int(library.lstm_theta_size())
 
@@ -319,29 +320,30 @@ class LSTMKernel:
         return out, d_grads
 
     def context_sums(self, grads: torch.Tensor, state: Tensors, inputs: Inputs, layout: TensorLayout) -> torch.Tensor:
-        """The sums [10, tensors] that `features.agreement_terms` describes, in float64.
+        """The sums [10 or 11, tensors] that `features.agreement_terms` describes, in float64.
 
         Args:
             grads: [n].
-            state: with "m" [3, n] and "v" [2 or 3, n].
+            state: with "m" [3, n], "v" [2 or 3, n] and "step" [n] or [1], which is the same all over a tensor.
             inputs: of kind "momenta".
             layout: of the n coordinates.
         """
         calls.check(grads)
         rows, spacing = calls.in_rows({"m": state["m"], "v": state["v"]}, grads.shape[0])
         bounds = calls.bounds(layout)
-        sums = grads.new_empty(10, len(bounds) - 1, dtype=torch.float64)
-        grads = grads.contiguous()
+        sums = grads.new_empty(10 + self._tells_signal, len(bounds) - 1, dtype=torch.float64)
+        grads, step = grads.contiguous(), state["step"].contiguous()
         self._context(
             *(grads.data_ptr(), rows["m"].data_ptr(), rows["v"].data_ptr(), spacing),
+            *(step.data_ptr(), int(step.numel() == 1), inputs.decays[NUM_MOMENTA - 1]),
             *(*inputs.decays[NUM_MOMENTA:], inputs.square_ratio),
             *(bounds.data_ptr(), len(bounds) - 1, sums.data_ptr(), calls.threads()),
         )
         return sums
 
     def agreement(self, sums: torch.Tensor) -> torch.Tensor:
-        """`features.agreement` of such sums, float64 [10, tensors] on the CPU: float64 [4, tensors]."""
-        out = sums.new_empty(4, sums.shape[1])
+        """`features.agreement` of such sums, float64 on the CPU: float64 [4 or 5, tensors]."""
+        out = sums.new_empty(NUM_CONTEXT + self._tells_signal, sums.shape[1])
         self._agreement(sums.contiguous().data_ptr(), sums.shape[1], out.data_ptr())
         return out
 

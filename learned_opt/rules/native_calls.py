@@ -32,7 +32,7 @@ def declare(library: ctypes.CDLL) -> None:
     ]
     library.lstm_pack.argtypes = [pointer, long, pointer]
     library.lstm_context.argtypes = [
-        *(*three, long, ctypes.c_double, ctypes.c_double, ctypes.c_double, real),
+        *(*three, long, pointer, integer, *(ctypes.c_double,) * 4, real),
         *(pointer, long, pointer, integer),
     ]
     library.lstm_agreement.argtypes = [pointer, long, pointer]
