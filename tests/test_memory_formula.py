@@ -18,7 +18,7 @@ from benchmarks.meta_training.memory import numbers_per_coordinate, predicted_by
 from learned_opt import estimators, rules
 from learned_opt.meta_config import MetaTrainerConfig
 from learned_opt.meta_trainer import MetaTrainer
-from learned_opt.rules import lstm_torch
+from learned_opt.rules import lstm_tape
 from learned_opt.task import TaskFamily
 from learned_opt.truncation import HorizonSchedule
 
@@ -103,7 +103,7 @@ def test_live_tensors_are_counted_and_forgotten():
 )
 def test_the_formula_is_what_is_held(monkeypatch, native, truncation, particles, horizon, offsets, restarts, share):
     monkeypatch.setenv("LEARNED_OPT_NATIVE", native)
-    lstm_torch._kept.numbers.clear()  # what a longer truncation, of a test before, was recorded in
+    lstm_tape._kept.tapes.clear()  # what a longer truncation, of a test before, was recorded in
     rule = rules.get("rnnprop", dense_units=0)
     config = MetaTrainerConfig(
         num_particles=particles,
