@@ -127,6 +127,28 @@ def test_the_formula_is_what_is_held(monkeypatch, native, truncation, particles,
     assert 0.93 * predicted <= live.peak <= 1.02 * predicted + beside
 
 
+@pytest.mark.parametrize(("particles", "is_kept"), [(1, True), (2, False)])
+def test_what_is_kept_of_a_truncation_is_within_its_budget(monkeypatch, particles, is_kept):
+    """Beside what the formula says, whether the unroll keeps its steps or a replay takes them again."""
+    monkeypatch.setenv("LEARNED_OPT_NATIVE", "0")
+    monkeypatch.setattr(lstm_tape._kept, "tapes", {})
+    monkeypatch.setattr(lstm_tape, "KEPT_NUMBERS", 2**24)
+    rule = rules.get("rnnprop", dense_units=0)
+    truncation = next(k for k in range(1, 50) if rule.network.most_coordinates(k + 1) < SIZE)
+    config = MetaTrainerConfig(
+        num_particles=particles, truncation=truncation, horizons=HorizonSchedule(longest=100, random_offsets=False)
+    )
+    trainer = MetaTrainer(rule, {"separate": Separate()}, config, estimators.get("backprop"))
+    gc.collect()
+    with LiveTensors([]) as live:
+        trainer.step()
+    n, kept = SIZE * particles, lstm_tape._kept.tapes[torch.float32]
+    assert (kept.width * kept.num_blocks == n) is is_kept
+    assert len(kept.memory) <= 2**24
+    # A step's blocks, or one step's room on the way back, for every coordinate that is taken at once.
+    assert live.peak <= 4 * (2**24 + 300 * SIZE) + 1.02 * predicted_bytes(rule, n, truncation)
+
+
 def test_one_million_parameters_fit_in_four_gibibytes():
     rule = rules.get("rnnprop", dense_units=0)
     assert state_rows(rule) == 83
