@@ -30,7 +30,7 @@ from learned_opt.particles import (
 from learned_opt.rules.base import UpdateRule, chunked_update
 from learned_opt.rules.context import Context
 from learned_opt.rules.context import context as context_of
-from learned_opt.rules.inplace import stepper
+from learned_opt.rules.inplace import Kept, Step, keeper, stepper
 from learned_opt.task import Tensors
 from learned_opt.turning import Turner, Turns
 
@@ -94,6 +94,7 @@ class Segment:
         starts: by step of the segment, who was put at learned initial parameters before it.
         contexts: [K, num_context, P, tensors], what the rule was told of every tensor; None unless gradients are
             recorded and the rule takes context.
+        kept: the rule's steps, which need not be taken again; None unless asked for, and where there is no such thing.
     """
 
     losses: torch.Tensor
@@ -105,6 +106,7 @@ class Segment:
     stages: list[Stage]
     starts: dict[int, Start] = dataclasses.field(default_factory=dict)
     contexts: torch.Tensor | None = None
+    kept: Kept | None = None
 
 
 Move = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -149,6 +151,7 @@ def learned_move(
     keep_states: bool = False,
     contexts: list[torch.Tensor] | None = None,
     turns: list[Turns] | None = None,
+    step: Step | None = None,
 ) -> Move:
     """The move that applies an update rule and keeps its state in the particles.
 
@@ -162,8 +165,10 @@ def learned_move(
             ones may be overwritten.
         contexts: where to put the values of every step's context, for a rule that takes one.
         turns: where to put every step's bases, for a rule that has one on tasks with matrices.
+        step: takes the rule's steps; by default what is fastest.
     """
-    step = stepper(rule, theta, len(particles) if per_particle else 1) if chunk_size is None else None
+    if step is None and chunk_size is None:
+        step = stepper(rule, theta, len(particles) if per_particle else 1)
     turner = Turner(rule, particles) if rule.turns(particles.shapes) else None
     overwrite = False
 
@@ -244,8 +249,8 @@ def unroll(
         plan: names the tasks that restarted particles get.
         particles: advanced in place.
         num_steps: inner steps, at least 1.
-        record: "nothing"; "gradients", which a first-order replay needs, and which leaves bases out;
-            or "stages", which going backwards step by step needs.
+        record: "nothing"; "gradients", which a first-order replay needs, and which leaves bases out; "steps", which
+            keeps the rule's steps as well where it can; or "stages", which going backwards step by step needs.
         per_particle: theta has a leading dimension of particles.
         restart_invalid: whether particles marked invalid start their next episode at the end.
         chunk_size: coordinates per chunk of the update rule; None for what suits it.
@@ -267,7 +272,12 @@ def unroll(
             starts[step] = start
 
     begin(0)
-    recorder = _Recorder(particles, num_steps, not _outputs_are_inputs(batched)) if record == "gradients" else None
+    recorder = None
+    if record in ("gradients", "steps"):
+        recorder = _Recorder(particles, num_steps, not _outputs_are_inputs(batched))
+    kept = None
+    if record == "steps" and all(h < 0 or h - s >= num_steps for h, s in zip(particles.horizons, particles.steps)):
+        kept = keeper(rule, theta, particles.params.numel(), num_steps)
     shape = (num_steps, len(particles))
     losses, initial = particles.losses.new_empty(shape), particles.losses.new_empty(shape)
     check = torch.zeros_like(particles.losses)  # not finite as soon as anything was not, but for what is recorded
@@ -286,6 +296,7 @@ def unroll(
             keep_states=record == "stages",
             contexts=contexts if recorder is not None else None,
             turns=turns if record == "stages" else None,
+            step=kept.step if kept is not None else None,
         )
         stretch = min([num_steps - done, *(h - s for h, s in zip(particles.horizons, particles.steps) if h >= 0)])
         before = (particles.params, particles.grads, particles.rule_state)
@@ -327,7 +338,8 @@ def unroll(
     if recorder is None:
         return Segment(losses, initial, valid, None, None, [], stages, starts)
     told = as_particles(torch.stack(contexts), len(particles)) if contexts else None
-    return Segment(losses, initial, valid, recorder.inputs, recorder.outputs, recorder.finish(), stages, starts, told)
+    recorded = (recorder.inputs, recorder.outputs, recorder.finish())
+    return Segment(losses, initial, valid, *recorded, stages, starts, told, kept)
 
 
 def _outputs_are_inputs(batched: BatchedFamily) -> bool:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from learned_opt import rules
-from learned_opt.rules import lstm_inplace
-from learned_opt.rules.lstm_inplace import LSTMSteps
+from learned_opt.rules import UpdateRule, lstm_inplace, lstm_tape
+from learned_opt.rules.inplace import keeper
+from learned_opt.rules.lstm_inplace import KeptSteps, LSTMSteps
 
 VARIANTS = {
     "two layers": ("rnnprop", {"dense_units": 0}),
@@ -90,3 +91,102 @@ def test_its_memory_is_its_own(rule):
     steps(grads[:30], rule.init_state(30, dtype=torch.float64))
     again = steps(grads, rule.init_state(700, dtype=torch.float64))
     assert torch.equal(first, kept) and torch.equal(again, kept)
+
+
+# --- steps that are kept for the way back ---
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """The thread's tapes, none of them from another test; blocks from 10 coordinates on, so that few make several."""
+    monkeypatch.setattr(lstm_tape, "_LEAST", 10)
+    monkeypatch.setattr(lstm_tape._kept, "tapes", {})
+    return lstm_tape._kept.tapes
+
+
+def gradients(n, seed=3, num_steps=4):
+    grads = torch.randn(num_steps, n, generator=torch.Generator().manual_seed(seed)).double()
+    grads[:, :1] = 0.0  # never moves
+    grads[:2, -1:] = 0.0  # moves late
+    return grads
+
+
+def begun(rule, theta, n, count):
+    """The state after two steps."""
+    state = rule.init_state(n, dtype=torch.float64)
+    for grad in gradients(n, seed=1, num_steps=2):
+        _, state = rule.update(theta, grad, torch.zeros(n).double(), state)
+    if "step" in state and count == "shared":
+        state["step"] = state["step"][:1].clone()
+    return state
+
+
+@pytest.mark.parametrize("count", ["shared", "own"])
+@pytest.mark.parametrize(("n", "num_blocks"), [(1, 1), (19, 1), (20, 2), (83, 1), (240, 8)])
+def test_kept_steps(rule, tapes, n, num_blocks, count):
+    """They are the rule's own, leave its state, and go back as autograd does; twice, in the same memory."""
+    theta = random_theta(rule, 0)
+    for seed in (3, 4):
+        before, grads, loss_grads = begun(rule, theta, n, count), gradients(n, seed), gradients(n, seed=5 + seed)
+        kept = KeptSteps(rule, theta, n, len(grads))
+        assert kept._tape.num_blocks == num_blocks
+        state, want = {name: value.clone() for name, value in before.items()}, before
+        for grad in grads:
+            update = kept(grad, state)
+            if "step" in state:
+                state["step"] += 1
+            want_update, want = rule.update(theta, grad, torch.zeros(n).double(), want)
+            torch.testing.assert_close(update, want_update, rtol=1e-10, atol=1e-13)
+        for name, value in want.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-13)
+        found = kept.backward(loss_grads)
+        reference = UpdateRule.backward(rule, theta, grads, torch.zeros(n).double(), before, loss_grads)
+        assert found.keys() == reference.keys()
+        for name, value in reference.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11 * max(1.0, float(value.abs().max())))
+        assert tapes[torch.float64] is kept._tape
+
+
+@pytest.mark.usefixtures("tapes")
+def test_several_blocks_go_back_as_autograd_does(rule):
+    """By a replay, and through one step."""
+    n, theta = 240, random_theta(rule, 0)
+    state, grads, loss_grads = begun(rule, theta, n, "own"), gradients(n), gradients(n, seed=5)
+    params = torch.zeros(n).double()
+    found = rule.backward(theta, grads, params, state, loss_grads)
+    for name, value in UpdateRule.backward(rule, theta, grads, params, state, loss_grads).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11 * max(1.0, float(value.abs().max())))
+    generator = torch.Generator().manual_seed(7)
+    d_state = {name: torch.randn(value.shape, generator=generator).double() for name, value in state.items()}
+    want = UpdateRule.vjp(rule, theta, grads[1], params, state, loss_grads[0], d_state)
+    copied = {name: value.clone() for name, value in d_state.items()}
+    for one, other in zip(rule.vjp(theta, grads[1], params, state, loss_grads[0], copied), want):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, equal_nan=True)
+
+
+def test_a_lent_tape_is_nobody_elses(tapes):
+    network, like = rules.get("rnnprop", dense_units=0).network, torch.zeros(0)
+    first, second = (lstm_tape.lend(network, like, 5, 40) for _ in range(2))
+    assert first.memory.data_ptr() != second.memory.data_ptr()
+    lstm_tape.give_back(first)
+    lstm_tape.give_back(second)
+    assert len(tapes) == 1
+    smaller = lstm_tape.lend(network, like, 5, 20)
+    assert smaller.memory is second.memory and not tapes
+    lstm_tape.give_back(smaller)
+    larger = lstm_tape.lend(network, like, 5, 60)
+    assert len(larger.memory) > len(smaller.memory) and not tapes
+    assert all((joined[:, :, -1] == 1).all() for joined in (*smaller.joined, *larger.joined))
+
+
+@pytest.mark.parametrize("num_steps", [1, 20])
+def test_what_is_kept_is_within_its_budget(monkeypatch, rule, num_steps):
+    monkeypatch.setattr(lstm_tape, "KEPT_NUMBERS", 2**22)
+    theta = random_theta(rule, 0)
+    most = rule.network.most_coordinates(num_steps)
+    assert 0.95 * 2**22 < lstm_tape.Tape.numbers(rule.network, num_steps, 8, most // 8) <= 2**22 + 2**10
+    found = keeper(rule, theta, most, num_steps)
+    assert found is not None
+    found.give_back()
+    assert keeper(rule, theta, most + 1, num_steps) is None
+    assert keeper(rules.get("adam"), {}, 1, num_steps) is None

@@ -18,7 +18,7 @@ from benchmarks.meta_training.memory import numbers_per_coordinate, predicted_by
 from learned_opt import estimators, rules
 from learned_opt.meta_config import MetaTrainerConfig
 from learned_opt.meta_trainer import MetaTrainer
-from learned_opt.rules import lstm_torch
+from learned_opt.rules import lstm_tape
 from learned_opt.task import TaskFamily
 from learned_opt.truncation import HorizonSchedule
 
@@ -103,7 +103,7 @@ def test_live_tensors_are_counted_and_forgotten():
 )
 def test_the_formula_is_what_is_held(monkeypatch, native, truncation, particles, horizon, offsets, restarts, share):
     monkeypatch.setenv("LEARNED_OPT_NATIVE", native)
-    lstm_torch._kept.numbers.clear()  # what a longer truncation, of a test before, was recorded in
+    lstm_tape._kept.tapes.clear()  # what a longer truncation, of a test before, was recorded in
     rule = rules.get("rnnprop", dense_units=0)
     config = MetaTrainerConfig(
         num_particles=particles,
@@ -125,6 +125,28 @@ def test_the_formula_is_what_is_held(monkeypatch, native, truncation, particles,
     # And the blocks of a step, for at most some 12,800 coordinates at once.
     beside += 4 * 200 * min(SIZE * particles, 12_800) if native == "0" else 0
     assert 0.93 * predicted <= live.peak <= 1.02 * predicted + beside
+
+
+@pytest.mark.parametrize(("particles", "is_kept"), [(1, True), (2, False)])
+def test_what_is_kept_of_a_truncation_is_within_its_budget(monkeypatch, particles, is_kept):
+    """Beside what the formula says, whether the unroll keeps its steps or a replay takes them again."""
+    monkeypatch.setenv("LEARNED_OPT_NATIVE", "0")
+    monkeypatch.setattr(lstm_tape._kept, "tapes", {})
+    monkeypatch.setattr(lstm_tape, "KEPT_NUMBERS", 2**24)
+    rule = rules.get("rnnprop", dense_units=0)
+    truncation = next(k for k in range(1, 50) if rule.network.most_coordinates(k + 1) < SIZE)
+    config = MetaTrainerConfig(
+        num_particles=particles, truncation=truncation, horizons=HorizonSchedule(longest=100, random_offsets=False)
+    )
+    trainer = MetaTrainer(rule, {"separate": Separate()}, config, estimators.get("backprop"))
+    gc.collect()
+    with LiveTensors([]) as live:
+        trainer.step()
+    n, kept = SIZE * particles, lstm_tape._kept.tapes[torch.float32]
+    assert (kept.width * kept.num_blocks == n) is is_kept
+    assert len(kept.memory) <= 2**24
+    # A step's blocks, or one step's room on the way back, for every coordinate that is taken at once.
+    assert live.peak <= 4 * (2**24 + 300 * SIZE) + 1.02 * predicted_bytes(rule, n, truncation)
 
 
 def test_one_million_parameters_fit_in_four_gibibytes():

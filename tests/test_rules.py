@@ -12,7 +12,7 @@ import torch
 from rule_cases import agreement_by_hand, in_dtype, loud, told, update_by_hand
 
 from learned_opt import rules
-from learned_opt.rules import UpdateRule, chunked_update, lstm_torch, slice_coordinates
+from learned_opt.rules import UpdateRule, chunked_update, lstm_tape, slice_coordinates
 from learned_opt.rules.context import Context, TensorLayout, context, joined
 from learned_opt.rules.features import (
     agreement,
@@ -281,7 +281,7 @@ def test_one_step_back_equals_autograd(rule):
 
 
 def test_memory_first_used_in_inference_mode_serves_outside_of_it():
-    lstm_torch._kept.numbers.clear()
+    lstm_tape._kept.tapes.clear()
     rule = rules.get("compact")
     theta = rule.init_theta(torch.Generator().manual_seed(0))
     theta = {name: value.double() for name, value in theta.items()}

@@ -4,7 +4,8 @@ First order treats the inner gradients as constants (Andrychowicz et al. 2016). 
 with respect to the parameters after step t, through the loss there, is w_t·g_t, and g_t has been computed anyway: the
 unroll runs without a graph, and the rule alone runs once more, chunk of coordinates by chunk, with those vectors
 as its cotangents (`UpdateRule.backward`). No second backward pass through the task is made, and memory is bounded by
-the recorded gradients and one chunk, whatever the truncation's graph would have been.
+the recorded gradients and one chunk, whatever the truncation's graph would have been. Where no particle restarts inside
+the truncation and memory allows, the unroll keeps the rule's steps, and nothing is run again.
 
 Second order is exact: it differentiates the inner gradients too. The unroll keeps what each step started from; going
 backwards, one step at a time is rebuilt with its graph and differentiated, so that memory holds one step's graph only.
@@ -101,7 +102,8 @@ class TruncatedBackprop(Estimator):
             value, grads, segment = self._in_blocks(work, theta, state)
         else:
             by_replay = self.order == 1 and not work.rule.turns(work.batched.shapes)
-            segment = self._unroll(work, theta, state, work.truncation, "gradients" if by_replay else "stages")
+            wanted = "stages" if not by_replay else "steps" if self.chunk_size is None else "gradients"
+            segment = self._unroll(work, theta, state, work.truncation, wanted)
             value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid, work.ranks.sum)
             grads = (self._replay if by_replay else self._step_by_step)(work, theta, segment, weights)
         return Estimate(
@@ -139,7 +141,13 @@ class TruncatedBackprop(Estimator):
         assert segment.inputs is not None and segment.outputs is not None
         total = {name: torch.zeros_like(value) for name, value in theta.items()}
         theta, size = rule_part(theta), work.batched.num_parameters
-        for run in segment.runs:
+        runs = segment.runs
+        if segment.kept is not None and segment.valid.all():
+            total |= segment.kept.backward((segment.outputs * weights[..., None]).flatten(1))
+            runs = []
+        elif segment.kept is not None:
+            segment.kept.give_back()  # it holds what is not finite, which a replay leaves out
+        for run in runs:
             columns = slice(None) if run.columns is None else run.columns
             steps = slice(run.start, run.stop)
             valid = segment.valid[columns]

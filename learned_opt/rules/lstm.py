@@ -19,16 +19,14 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from learned_opt.rules import lstm_torch, native
-from learned_opt.rules.base import RuleConfig, fitting_chunk
+from learned_opt.rules import lstm_tape, lstm_torch, native
+from learned_opt.rules.base import RuleConfig
 from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
 from learned_opt.task import Tensors
 
 INPUTS = ("normalized", "log_and_sign")
-_KEPT_NUMBERS = 2**26
-"""What the way back through a truncation may keep at a time where no kernel does it: 256 MiB in single precision."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +157,12 @@ class LSTMRule(CompiledRule):
         )
 
     @functools.cached_property
+    def network(self) -> lstm_tape.Network:
+        """The sizes of the network in plain torch."""
+        c = self.config
+        return lstm_tape.Network(NUM_FEATURES, c.dense_units, c.num_layers, c.hidden_size)
+
+    @functools.cached_property
     def native_inputs(self) -> native.Inputs:
         """How the kernel turns gradients into inputs."""
         c = self.config
@@ -172,7 +176,7 @@ class LSTMRule(CompiledRule):
         if self.native_kernel(theta):
             return super().backward_chunk(theta, num_steps)
         # Sharing out an operation among threads costs more than the cache gives: as many as memory is spared for.
-        return max(1024, _KEPT_NUMBERS // (lstm_torch.NUMBERS_KEPT * self.rows_per_coordinate * num_steps))
+        return max(1024, self.network.most_coordinates(num_steps))
 
     def torch_backward(
         self,
@@ -189,13 +193,27 @@ class LSTMRule(CompiledRule):
             averages = state
             for t, grad in enumerate(grads):
                 inputs[t], averages, active[t] = self.native_rows(grad, averages)
-            tape = lstm_torch.run(theta, inputs, state["hidden"], state["cell"])
-            # The derivative with respect to update t collects every later loss: p_{s+1} contains update t for all
-            # s ≥ t.
-            cotangents = loss_grads.flip(0).cumsum(0).flip(0)
-            d_out = cotangents * self.config.output_scale * active
-            end = (torch.zeros_like(state["hidden"]), torch.zeros_like(state["cell"]))
-            return lstm_torch.backward(theta, tape, d_out, self.config.output_tanh, *end, wants_inputs=False)[0]
+            tape = lstm_torch.run(self.network, theta, inputs, state["hidden"], state["cell"])
+            total = self.backward_over(theta, tape, active, loss_grads)
+            lstm_tape.give_back(tape)
+            return total
+
+    @torch.no_grad()
+    def backward_over(
+        self, theta: Tensors, tape: lstm_tape.Tape, active: torch.Tensor, loss_grads: torch.Tensor
+    ) -> Tensors:
+        """`backward` over steps that a tape holds; active: [steps, n], who could move."""
+        # The derivative with respect to update t collects every later loss: p_{s+1} contains update t for all s ≥ t.
+        cotangents = loss_grads.flip(0).cumsum(0).flip(0)
+        d_out = self._d_readouts(tape, cotangents * self.config.output_scale * active)
+        shape = (tape.network.num_layers, tape.network.size, d_out.shape[1])
+        return lstm_torch.backward(theta, tape, d_out, d_out.new_zeros(shape), d_out.new_zeros(shape), False)[0]
+
+    def _d_readouts(self, tape: lstm_tape.Tape, d_out: torch.Tensor) -> torch.Tensor:
+        """Cotangents [steps, n] of the read-outs, from those behind the tanh, if there is one."""
+        if not self.config.output_tanh:
+            return d_out
+        return torch.ops.aten.tanh_backward(d_out, tape.readouts.view_as(d_out).tanh())
 
     def torch_network_vjp(
         self,
@@ -209,16 +227,17 @@ class LSTMRule(CompiledRule):
         d_out = d_update * self.config.output_scale * active
         total = {name: torch.zeros_like(value) for name, value in theta.items()}
         d_rows = torch.empty_like(rows)
-        size = fitting_chunk(self)
+        size = self.backward_chunk(theta, 1)
         for start in range(0, len(d_out), size):
             part = slice(start, start + size)
-            tape = lstm_torch.run(theta, rows[None, :, part], state["hidden"][..., part], state["cell"][..., part])
+            before = (state["hidden"][..., part], state["cell"][..., part])
+            tape = lstm_torch.run(self.network, theta, rows[None, :, part], *before)
             end = (d_before["hidden"][..., part], d_before["cell"][..., part])
-            found, d_part = lstm_torch.backward(
-                theta, tape, d_out[None, part], self.config.output_tanh, *end, wants_inputs=True
-            )
+            d_reads = self._d_readouts(tape, d_out[None, part])
+            found, d_part = lstm_torch.backward(theta, tape, d_reads, *end, wants_inputs=True)
             assert d_part is not None
             d_rows[:, part] = d_part[0]
+            lstm_tape.give_back(tape)
             for name, value in found.items():
                 total[name] += value
         return total, d_rows

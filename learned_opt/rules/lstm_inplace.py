@@ -15,7 +15,8 @@ import torch
 from learned_opt.rules.base import fitting_chunk, slice_coordinates
 from learned_opt.rules.features import NUM_FEATURES, bias_correction, log_and_sign
 from learned_opt.rules.lstm import LSTMRule
-from learned_opt.rules.lstm_torch import doubled_candidates, with_bias
+from learned_opt.rules.lstm_tape import Place, Tape, give_back, lend
+from learned_opt.rules.lstm_torch import advance, doubled_candidates, for_blocks, product, with_bias
 from learned_opt.task import Tensors
 
 _BLOCKS = 8
@@ -30,35 +31,52 @@ class LSTMStep:
         theta: its meta-parameters; with a leading dimension, one set for each block.
         num_blocks: blocks of coordinates.
         width: coordinates of a block.
+        tape: where to keep the steps for the way back. As many as it has room for are then taken; the network's state
+            is read before the first of them alone, and written after the last.
+
+    Attributes:
+        active: with a tape, which coordinates each step could move, [blocks, width].
     """
 
-    def __init__(self, rule: LSTMRule, theta: Tensors, num_blocks: int, width: int) -> None:
+    def __init__(self, rule: LSTMRule, theta: Tensors, num_blocks: int, width: int, tape: Tape | None = None) -> None:
         c = self._config = rule.config
         self._shape = (num_blocks, width)
-        self._dense = _for_blocks(with_bias(theta, "dense"), num_blocks) if c.dense_units else None
-        self._layers = [_for_blocks(doubled_candidates(theta, layer), num_blocks) for layer in range(c.num_layers)]
-        self._output = _for_blocks(with_bias(theta, "output"), num_blocks)
+        self._tape, self._taken = tape, 0
+        self.active: list[torch.Tensor] = []
+        self._dense = for_blocks(with_bias(theta, "dense"), num_blocks) if c.dense_units else None
+        self._layers = [for_blocks(doubled_candidates(theta, layer), num_blocks) for layer in range(c.num_layers)]
+        self._output = for_blocks(with_bias(theta, "output"), num_blocks)
         like = theta["output.bias"]
+        self._negative = like.new_empty(num_blocks, c.dense_units, width)
+        self._minus_one = like.new_full((), -1.0)
+        if tape is None:
+            self._make_places(rule, like)
+        else:
+            self._places = list(zip(*tape.places))
+            self._features = list(tape.joined[0] if tape.features is None else tape.features)
+            self._tops, self._readouts = list(tape.tops), list(tape.readouts)
+
+    def _make_places(self, rule: LSTMRule, like: torch.Tensor) -> None:
+        """Buffers that every step uses again; layers share their gates."""
 
         def ending_in_ones(rows: int) -> torch.Tensor:
-            buffer = like.new_empty(num_blocks, rows + 1, width)
+            buffer = like.new_empty(self._shape[0], rows + 1, self._shape[1])
             buffer[:, -1] = 1.0
             return buffer
 
-        size = c.hidden_size
-        below = [c.dense_units or NUM_FEATURES, *[size] * (c.num_layers - 1)]
-        self._joined = [ending_in_ones(rows + size) for rows in below]
-        self._top = ending_in_ones(size)
-        self._features = ending_in_ones(NUM_FEATURES) if c.dense_units else self._joined[0]
-        self._gates = like.new_empty(num_blocks, 4 * size, width)
-        self._parts = self._gates.view(num_blocks, 4, size, width).unbind(1)
-        self._below = self._joined[0][:, : c.dense_units]
-        self._negative = like.new_empty(num_blocks, c.dense_units, width)
-        # Where a layer finds its last hidden state, and where it puts what it makes of it.
-        self._recurrent = [joined[:, -size - 1 : -1] for joined in self._joined]
-        self._above = [*(joined[:, :size] for joined in self._joined[1:]), self._top[:, :size]]
-        self._update = like.new_empty(num_blocks, 1, width)
-        self._minus_one = like.new_full((), -1.0)
+        size = rule.config.hidden_size
+        joined = [ending_in_ones(below + size) for below in rule.network.widths]
+        top = ending_in_ones(size)
+        gates = like.new_empty(self._shape[0], 4 * size, self._shape[1])
+        parts = gates.unflatten(1, (4, size)).unbind(1)
+        self._places = [
+            tuple(
+                Place(joint, gates, parts, joint[:, -size - 1 : -1], onward[:, :size])
+                for joint, onward in zip(joined, [*joined[1:], top])
+            )
+        ]
+        self._features = [ending_in_ones(rule.network.rows) if rule.config.dense_units else joined[0]]
+        self._tops, self._readouts = [top], [like.new_empty(self._shape[0], 1, self._shape[1])]
 
     def __call__(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
         """One step.
@@ -68,46 +86,49 @@ class LSTMStep:
             state: tensors [..., n], overwritten, "step" excepted: it may be of one number, and is only read.
 
         Returns:
-            The update [n]; valid until the next call.
+            The update [n].
         """
         c, grads = self._config, grads.view(self._shape)
+        now = 0 if self._tape is None else self._taken
+        places, features, readout = self._places[now], self._features[now], self._readouts[now]
         if c.inputs == "normalized":
-            active = self._normalized(grads, state)
+            active = self._normalized(grads, state, features)
         else:
-            features, active = log_and_sign(grads.flatten(), c.log_range)
-            self._features[:, :NUM_FEATURES] = features.view(NUM_FEATURES, *self._shape).transpose(0, 1)
+            rows, active = log_and_sign(grads.flatten(), c.log_range)
+            features[:, :NUM_FEATURES] = rows.view(NUM_FEATURES, *self._shape).transpose(0, 1)
             active = active.view(self._shape)
         if self._dense is not None:
-            self._product(self._dense, self._features, self._below)
+            below = places[0].joint[:, : c.dense_units]
+            product(self._dense, features, below)
             # ELU as max(x, exp(min(x, 0)) − 1): torch's own takes twice as long.
-            negative = torch.clamp_max(self._below, 0, out=self._negative).exp_().sub_(1)
-            torch.maximum(self._below, negative, out=self._below)
-        i, f, o, candidate = self._parts
+            negative = torch.clamp_max(below, 0, out=self._negative).exp_().sub_(1)
+            torch.maximum(below, negative, out=below)
+        is_first, is_last = now == 0, self._tape is None or now + 1 == self._tape.num_steps
         hiddens, cells = (
-            state[name].unflatten(-1, self._shape).transpose(1, 2).unbind(0) for name in ("hidden", "cell")
+            value.view(*value.shape[:-1], *self._shape).transpose(1, 2).unbind(0)
+            for value in (state["hidden"], state["cell"])
         )
-        for weight, joined, recurrent, above, hidden, cell in zip(
-            self._layers, self._joined, self._recurrent, self._above, hiddens, cells
-        ):
-            recurrent.copy_(hidden)
-            self._product(weight, joined, self._gates).sigmoid_()
-            torch.add(self._minus_one, candidate, alpha=2, out=candidate)  # tanh
-            cell.mul_(f).addcmul_(i, candidate)
-            torch.add(cell, cell, out=above).sigmoid_()
-            torch.add(self._minus_one, above, alpha=2, out=above).mul_(o)
-            hidden.copy_(above)
-        update = self._product(self._output, self._top, self._update)[:, 0]
-        if c.output_tanh:
-            update.tanh_()
-        return update.mul_(c.output_scale).masked_fill_(~active, 0).flatten()
+        for weight, place, hidden, cell in zip(self._layers, places, hiddens, cells):
+            old, new = (cell if kept is None else kept for kept in (place.old, place.new))
+            if is_first:
+                place.before.copy_(hidden)
+                if old is not cell:
+                    old.copy_(cell)
+            advance(weight, place, old, new, self._minus_one)
+            if place.after is not None:
+                place.after.copy_(place.above)
+            if is_last:
+                hidden.copy_(place.above)
+                if new is not cell:
+                    cell.copy_(new)
+        product(self._output, self._tops[now], readout)
+        update = readout.tanh() if c.output_tanh else readout.clone()
+        if self._tape is not None:
+            self.active.append(active)
+        self._taken += 1
+        return update[:, 0].mul_(c.output_scale).masked_fill_(~active, 0).flatten()
 
-    def _product(self, weight: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        if len(out) > 1:
-            return torch.bmm(weight, rows, out=out)
-        torch.mm(weight[0], rows[0], out=out[0])  # torch's threads share one product, but not a batch of one
-        return out
-
-    def _normalized(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
+    def _normalized(self, grads: torch.Tensor, state: Tensors, features: torch.Tensor) -> torch.Tensor:
         """`features.normalized` with averages and inputs written in place; returns the mask."""
         c = self._config
         m, v = (state[name].view(self._shape) for name in ("m", "v"))
@@ -117,14 +138,9 @@ class LSTMStep:
         correction = bias_correction((step if len(step) == 1 else step.view(self._shape)) + 1, c.beta)
         # Where v is zero the inputs are as good as zero, whatever they are divided by, and the update is masked.
         scale = (v / correction).sqrt_().add_(c.eps).reciprocal_()
-        torch.mul(grads, scale, out=self._features[:, 0])
-        torch.mul(m, scale.div_(correction), out=self._features[:, 1])
+        torch.mul(grads, scale, out=features[:, 0])
+        torch.mul(m, scale.div_(correction), out=features[:, 1])
         return v != 0
-
-
-def _for_blocks(weight: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Weights with a leading dimension of blocks."""
-    return weight if weight.dim() == 3 else weight.expand(num_blocks, -1, -1)
 
 
 class LSTMSteps:
@@ -181,3 +197,33 @@ class LSTMSteps:
     def _blocks(most: int) -> tuple[int, int]:
         """(blocks, coordinates of each) for as many as there may be in a part."""
         return (_BLOCKS, most // _BLOCKS) if most >= _BLOCKS * _LEAST else (1, most)
+
+
+class KeptSteps:
+    """Steps of one theta that are kept, so that the way back need not take them again.
+
+    Args:
+        rule: the update rule.
+        theta: its meta-parameters.
+        num_coordinates, num_steps: how many of each there will be.
+    """
+
+    def __init__(self, rule: LSTMRule, theta: Tensors, num_coordinates: int, num_steps: int) -> None:
+        self._rule, self._theta = rule, theta
+        self._tape = tape = lend(rule.network, theta["output.bias"], num_steps, num_coordinates)
+        self._step = LSTMStep(rule, theta, tape.num_blocks, tape.width, tape)
+
+    def __call__(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
+        """One step, as of `LSTMSteps`; the state's "hidden" and "cell" are written by the last one."""
+        return self._step(grads, state)
+
+    def backward(self, loss_grads: torch.Tensor) -> Tensors:
+        """`UpdateRule.backward` of the steps that were taken; once."""
+        active = torch.stack(self._step.active).flatten(1)
+        total = self._rule.backward_over(self._theta, self._tape, active, loss_grads)
+        self.give_back()
+        return total
+
+    def give_back(self) -> None:
+        """Let go of what was kept."""
+        give_back(self._tape)
