@@ -7,6 +7,7 @@ import torch
 
 from learned_opt.rules import UpdateRule, slice_coordinates
 from learned_opt.rules.context import Context
+from learned_opt.rules.features import NUM_CONTEXT
 from learned_opt.task import Tensors
 
 
@@ -17,6 +18,8 @@ def told(rule: UpdateRule, n: int, num_steps: int | None = None, seed: int = 7) 
     generator = torch.Generator().manual_seed(seed)
     steps = () if num_steps is None else (num_steps,)
     values = torch.randn(*steps, rule.num_context, 3, generator=generator)
+    if rule.num_context > NUM_CONTEXT:
+        values[..., -1, :] = values[..., -1, :].sigmoid()  # loudness is a share
     return Context(values, torch.randint(3, (n,), generator=generator, dtype=torch.int32).sort().values)
 
 
@@ -35,7 +38,7 @@ def arguments(context: Context | None) -> tuple[Context, ...]:
 
 
 def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
-    """The context [4 or 5] of a mixture's one tensor: cosines, written as they are defined, and lengths."""
+    """The context [4 or 6] of a mixture's one tensor: cosines, written as they are defined, and lengths."""
     c = rule.settings()
     average, recent = (
         beta * v + (1 - beta) * grads**2 for beta, v in zip((c["square"], c["recent_square"]), state["v"])
@@ -57,8 +60,13 @@ def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> 
         cosines.append((third / (1 - c["slow"] ** age.clamp_min(1))).norm() / now.norm())
     elif c["signal"]:
         cosines.append(torch.zeros_like(cosines[0]))
-    c = torch.stack(cosines)
-    return 10 * c / (1 + 10 * c.abs())
+    values = torch.stack(cosines)
+    told = 10 * values / (1 + 10 * values.abs())
+    if c["signal"]:
+        heard = now[now != 0]
+        loudness = c["square_ratio"] * (heard**2).mean() if len(heard) else told.new_zeros(())
+        told = torch.cat([told, loudness.clamp_max(1)[None]])
+    return told
 
 
 def update_by_hand(

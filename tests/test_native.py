@@ -25,7 +25,7 @@ from tasks.quadratic import Quadratic
 
 VARIANTS = {name: (name, {}) for name in rules.RULES if hasattr(rules.get(name), "native_kernel")} | {
     "growing": ("mixture", {"growth": 0.2}),
-    "told_of_signal": ("mixture", {"growth": 0.2, "signal": True}),
+    "told_of_signal": ("mixture", {"growth": 0.2, "signal": True, "square_ratio": 1.0}),
     "doubting": ("mixture", {"growth": 0.2, "doubt": 0.8}),
     "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 5, "dense_units": 3, "output_tanh": False}),
     "three_layers_log": (
@@ -508,11 +508,11 @@ def test_agreement_is_what_it_is_in_torch(signal):
     rule = rules.get("paced", signal=signal)
     a, *averages = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pairs = [(a, a), *((b, b) for b in averages), *((a, b) for b in averages), *itertools.combinations(averages, 2)]
-    sums = torch.stack([(one * other).sum(0) for one, other in (*pairs, *[pairs[3]] * signal)])
+    sums = torch.stack([(one * other).sum(0) for one, other in (*pairs, *[pairs[3], (a, a)] * signal)])
     sums[:, 2], sums[1, 3], sums[0, 4] = 0, float("nan"), 1e-300
-    want, kernel = agreement(sums), native.kernel(rule.native_shape)
-    torch.testing.assert_close(kernel.agreement(sums), want, rtol=1e-14, atol=0)
-    assert rule.context_of(sums).equal(kernel.agreement(sums)) and (want[:, 2] == 0).all()
+    want, kernel = agreement(sums, 64.0), native.kernel(rule.native_shape)
+    torch.testing.assert_close(kernel.agreement(sums, 64.0), want, rtol=1e-14, atol=0)
+    assert rule.context_of(sums).equal(kernel.agreement(sums, 64.0)) and (want[:, 2] == 0).all()
     assert rule.context_of(sums.requires_grad_()).requires_grad
 
 

@@ -32,7 +32,7 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "no_momentum": ("lstm", {"beta": 0.0, "output_scale": 2.0}),
     "growing": ("mixture", {"growth": 0.1}),
     "doubting": ("mixture", {"growth": 0.1, "doubt": 0.9}),
-    "told_of_signal": ("mixture", {"growth": 0.1, "signal": True}),
+    "told_of_signal": ("mixture", {"growth": 0.1, "signal": True, "square_ratio": 1.0}),
     "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
 N, STEPS = 11, 6
@@ -462,7 +462,7 @@ def test_normalized_inputs_do_not_see_the_scale(name, scale):
 
 
 def numpy_agreement(config, grads):
-    """[steps, 4 or 5] for gradients [steps, n] of one tensor: averages as weighted sums over the past, then cosines."""
+    """[steps, 4 or 6] for gradients [steps, n] of one tensor: averages as weighted sums over the past, then cosines."""
     g, out = np.asarray(grads, dtype=np.float64), []
 
     def average(values, beta):
@@ -486,7 +486,11 @@ def numpy_agreement(config, grads):
         if config["signal"]:
             unbiased = third / (1 - config["slow"] ** max(t, 1))
             c = np.append(c, np.linalg.norm(unbiased) / np.linalg.norm(now) if now.any() else 0.0)
-        out.append(10 * c / (1 + 10 * abs(c)))
+        told = 10 * c / (1 + 10 * abs(c))
+        if config["signal"]:
+            heard = now[now != 0]
+            told = np.append(told, min(1.0, config["square_ratio"] * np.mean(heard**2)) if len(heard) else 0.0)
+        out.append(told)
     return np.stack(out)
 
 
@@ -515,7 +519,7 @@ def test_agreement_is_that_of_each_tensor_s_gradients(variant, dtype, tolerance)
         want = numpy_agreement(rule.settings(), grads[:, start : start + size])
         np.testing.assert_allclose(got[:, :, k].double().numpy(), want, rtol=tolerance, atol=tolerance)
         start += size
-    assert (got[0] == 0).all() and got[1:].abs().min() > 0 and got.abs().max() < 1
+    assert (got[0, :5] == 0).all() and got[1:].abs().min() > 0 and got[:, :5].abs().max() < 1
     assert got[1, :4, 0].double().tolist() == pytest.approx([10 / 11 * math.copysign(1, got[1, 0, 0])] * 3 + [10 / 11])
 
 
@@ -552,6 +556,23 @@ def test_the_strength_of_the_signal():
     assert told[0] == 0 and told[1:].tolist() == pytest.approx([10 / 11] * 29, rel=1e-4)
 
 
+@pytest.mark.usefixtures("kernels")
+def test_steps_grow_the_less_the_quieter_gradients_are():
+    rule = rules.get("paced", signal=True)
+    theta, state = rule.init_theta(torch.Generator().manual_seed(0)), rule.init_state(3)
+    grads = torch.tensor([1.0, -2.0, 3.0])
+
+    def grown(agreement, loudness):
+        rows = torch.tensor([agreement] * 4 + [0.0, loudness])[:, None].expand(6, 3)
+        after = rule.update(theta, grads, torch.zeros(3), state, rows)[1]
+        return after["log_size"].tolist()
+
+    loud = grown(0.8, 1.0)
+    assert min(loud) > 0.05 and grown(0.8, 0.25) == pytest.approx([0.25 * one for one in loud])
+    assert grown(0.8, 0.0) == [0.0] * 3
+    assert max(grown(-0.8, 1.0)) < -0.02 and grown(-0.8, 0.1) == grown(-0.8, 1.0)  # they shrink as they do
+
+
 def test_agreement_of_sums():
     a, first, second, third = np.array([[2.0, 1.0, -1.0], [1.0, 3.0, 0.0], [0.0, -2.0, 2.0], [-4.0, 0.5, 1.0]])
     pairs = [(a, first), (a, first + second), (a, first + second + third), (first, first + second + third)]
@@ -566,9 +587,12 @@ def test_agreement_of_sums():
     cancels = torch.tensor([4.0, 9.0, 9.0, 0.0, 3.0, -3.0, 0.0, -9.0, 0.0, 0.0], dtype=torch.float64)
     assert agreement(cancels).tolist() == pytest.approx([5 / 6, 0.0, 0.0, 0.0])  # the slower undoes the faster
     assert agreement(torch.zeros(10, 2)).equal(torch.zeros(4, 2))
-    assert agreement(torch.zeros(11, 2)).equal(torch.zeros(5, 2))
-    told = agreement(torch.cat([alone, torch.tensor([1.0]).double()]))
-    assert told.tolist() == pytest.approx([5 / 6] * 3 + [10 / 11, 5 / 6])  # half as long as the gradient
+    assert agreement(torch.zeros(12, 2), 64.0).equal(torch.zeros(6, 2))
+    told = agreement(torch.cat([alone, torch.tensor([1.0, 80.0]).double()]), 16.0)
+    assert told.tolist() == pytest.approx(
+        [5 / 6] * 3 + [10 / 11, 5 / 6, 0.8]
+    )  # half as long as the gradient; 16 · 4/80
+    assert float(agreement(torch.cat([alone, torch.tensor([1.0, 20.0]).double()]), 16.0)[5]) == 1.0
 
 
 def test_terms_of_agreement():
@@ -584,7 +608,7 @@ def test_terms_of_agreement():
     for step, bias in ((0, 0.5), (1, 0.5), (3, 0.875)):
         old = {**state, "step": torch.tensor([step]).double()}
         got = agreement_terms(torch.tensor([4.0]).double(), old, betas, 1.0, signal=True)
-        assert len(got) == 11 and float(got[10, 0] * 8) == pytest.approx((third / bias) ** 2)
+        assert len(got) == 12 and got[11] == 1 and float(got[10, 0] * 8) == pytest.approx((third / bias) ** 2)
 
 
 def test_what_normalizes_is_bounded_by_what_gradients_have_been_of_late():

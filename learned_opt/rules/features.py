@@ -184,7 +184,9 @@ def _root(square: torch.Tensor) -> torch.Tensor:
 
 
 NUM_CONTEXT = 4
-"""Rows of `agreement` without the strength of the signal."""
+"""Rows of `agreement` without what it tells of the signal."""
+NUM_SIGNAL = 2
+"""Those rows: how strong it is, and how loud the gradient."""
 _NUM_SUMS = 10
 _SOUND = 1e15
 _SHARPNESS = 10.0
@@ -193,12 +195,13 @@ _SHARPNESS = 10.0
 def agreement_terms(
     grads: torch.Tensor, state: Tensors, betas: tuple[float, ...], ratio: float, signal: bool = False
 ) -> torch.Tensor:
-    """The products that `agreement` needs summed over a tensor's coordinates, [10, n], or [11, n] with `signal`.
+    """The products that `agreement` needs summed over a tensor's coordinates, [10, n], or [12, n] with `signal`.
 
     With a = g/√s and bᵢ = mᵢ/√s, where m are the averages before the step, s is the average square after it, bounded by
     the recent one w, and b₂ and b₃ fade beyond ±√(w/s), as in `momenta`: a², b₁², b₂², b₃², a·b₁, a·b₂, a·b₃, b₁·b₂,
-    b₁·b₃, b₂·b₃; and with `signal` b₃² without the bias of a young average. Coordinates that have seen no gradient
-    count zero, and so do those where something is not finite: one bad number must not spoil the others.
+    b₁·b₃, b₂·b₃; and with `signal` b₃² without the bias of a young average, and one for each a that is not zero.
+    Coordinates that have seen no gradient count zero, and so do those where something is not finite: one bad number
+    must not spoil the others.
 
     Args:
         grads: [n].
@@ -221,12 +224,12 @@ def agreement_terms(
     terms = [*squares, a * first, a * second, a * third, first * second, first * third, second * third]
     if signal:
         age = state["step"].to(grads.dtype).clamp_min(1)  # before the first step the average is zero
-        terms.append(squares[-1] / bias_correction(age, betas[NUM_MOMENTA - 1]).square())
+        terms += [squares[-1] / bias_correction(age, betas[NUM_MOMENTA - 1]).square(), (a != 0).to(a.dtype)]
     return torch.stack(terms)
 
 
-def agreement(sums: torch.Tensor) -> torch.Tensor:
-    """How well a tensor's gradient agrees with its momenta: [4, …] in (−1, 1), and with eleven sums [5, …].
+def agreement(sums: torch.Tensor, ratio: float = 1.0) -> torch.Tensor:
+    """How well a tensor's gradient agrees with its momenta: [4, …] in (−1, 1), and with twelve sums [6, …].
 
     With a and bᵢ of `agreement_terms`: cosines of the angles between a and b₁, a and b₁ + b₂, a and b₁ + b₂ + b₃, and
     between b₁ and b₁ + b₂ + b₃. Each is passed through 10c/(1 + 10|c|), since it is around zero that they tell steps
@@ -238,8 +241,13 @@ def agreement(sums: torch.Tensor) -> torch.Tensor:
     which says how much of a gradient is signal. It is some 0.02 for nothing but noise and one for a gradient that stays
     what it is. The weaker the signal, the smaller a cosine still means that steps are too short.
 
+    The sixth is how loud the gradient is: the mean of a² over coordinates whose gradient is not zero, times `ratio`,
+    and one at most. It is one for noise, and where gradients shrink until the average square meets its bound. It is small
+    where squares stay above their bound, since they are doubted, and the gradient is far below them.
+
     Args:
-        sums: of `agreement_terms` over the tensor, [10 or 11, …].
+        sums: of `agreement_terms` over the tensor, [10 or 12, …].
+        ratio: of `bounded_square`.
     """
     a, one, second, third, a_first, a_second, a_third, first_second, first_third, second_third = sums[:_NUM_SUMS]
     two = one + second + 2 * first_second
@@ -251,4 +259,8 @@ def agreement(sums: torch.Tensor) -> torch.Tensor:
     if len(sums) > _NUM_SUMS:
         length = _root(torch.where(a > 0, sums[_NUM_SUMS] / torch.where(a > 0, a, 1.0), 0.0))
         cosines = torch.cat([cosines, length[None]])
-    return _SHARPNESS * cosines / (1 + _SHARPNESS * cosines.abs())
+    told = _SHARPNESS * cosines / (1 + _SHARPNESS * cosines.abs())
+    if len(sums) > _NUM_SUMS:
+        loudness = (ratio * a / sums[_NUM_SUMS + 1].clamp_min(1)).clamp_max(1)
+        told = torch.cat([told, loudness[None]])
+    return told

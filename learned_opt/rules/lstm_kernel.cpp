@@ -44,7 +44,7 @@ typedef float Loose __attribute__((vector_size(LANES * sizeof(float)), aligned(s
 typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
 constexpr bool GROWS = CONTEXT > 0;
-constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the fifth number of the context
+constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the last two numbers of the context; steps grow the less the lower the last
 constexpr int SKIPS = GROWS ? FEATURES : 0;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
 constexpr float MOST_SHRUNK = 12.0f;              // bound of the logarithm that a step has shrunk by
@@ -545,10 +545,10 @@ inline void cell(float* __restrict gates, const float* before, float* after, flo
 // first output is the logarithm of the step's size, held within ±range, the next are the shares of the directions, and
 // with GROWS the last changes log_size, which stays as it is where a coordinate may not move. `size` [WIDTH] is what
 // the mixture is multiplied by. The features' rows lie before the directions. The last row of y is left as the
-// derivative of log_size, and as zero where its bound is met.
+// derivative of log_size, and as zero where its bound is met; `by_last` [WIDTH] is the one with respect to the last feature.
 inline void read_out(const Weights& w, const float* top, const float* directions, const Inputs& in, float scale,
                      const float* __restrict active, float* __restrict y, float* __restrict log_size,
-                     float* __restrict size, float* __restrict update) {
+                     float* __restrict by_last, float* __restrict size, float* __restrict update) {
   for (int o = 0; o < OUTPUTS; ++o)
     for (int v = 0; v < VECTORS; ++v) {
       Vec sum = splat(w.output_bias[o]);
@@ -566,10 +566,13 @@ inline void read_out(const Weights& w, const float* top, const float* directions
   } else {
     if constexpr (GROWS) {
       float* __restrict last = y + (OUTPUTS - 1) * WIDTH;
+      const float* __restrict loudness = directions - WIDTH;
       for (int j = 0; j < WIDTH; ++j) {
-        const float grown = log_size[j] + in.growth * last[j];
+        const float growth = TELLS_SIGNAL && last[j] > 0.0f ? in.growth * loudness[j] : in.growth;
+        const float grown = log_size[j] + growth * last[j];
         const float held = grown > in.most_grown ? in.most_grown : grown < -MOST_SHRUNK ? -MOST_SHRUNK : grown;
-        const float slope = in.growth * (1.0f - last[j] * last[j]);
+        const float slope = growth * (1.0f - last[j] * last[j]);
+        if (TELLS_SIGNAL) by_last[j] = held == grown && last[j] > 0.0f ? in.growth * last[j] : 0.0f;
         last[j] = held != grown ? 0.0f : slope > 1e-30f ? slope : 1e-30f;  // tells the bound from a flat tanh
         log_size[j] = active[j] != 0.0f ? held : log_size[j];
       }
@@ -590,7 +593,7 @@ inline void read_out(const Weights& w, const float* top, const float* directions
 struct StepScratch {
   alignas(64) float joined[LAYERS][(WIDEST + HIDDEN) * WIDTH], gates[GATES * WIDTH], cells[HIDDEN * WIDTH],
       tanh_cell[HIDDEN * WIDTH], top[HIDDEN * WIDTH], x[ROWS * WIDTH], active[WIDTH], y[OUTPUTS * WIDTH],
-      log_size[WIDTH], size[WIDTH], out[WIDTH];
+      log_size[WIDTH], by_last[WIDTH], size[WIDTH], out[WIDTH];
   Averages averages;
 };
 
@@ -631,7 +634,7 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
     }
   }
   if (GROWS) load_row(in.log_size + column, width, s.log_size);
-  read_out(w, s.top, s.x + FEATURES * WIDTH, in, scale, s.active, s.y, s.log_size, s.size, s.out);
+  read_out(w, s.top, s.x + FEATURES * WIDTH, in, scale, s.active, s.y, s.log_size, s.by_last, s.size, s.out);
   if (GROWS) store_row(s.log_size, width, after.log_size + column);
   for (int j = 0; j < WIDTH; ++j) s.out[j] = s.active[j] != 0.0f ? s.out[j] : 0.0f;
   store_row(s.out, width, update + column);
@@ -646,10 +649,11 @@ struct Sums {
 
 // The rows of a run of steps that one block keeps; sizes in floats.
 struct Tape {
-  float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *update, *size, *active;
+  float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *update, *size, *active,
+      *by_last;
   static size_t floats(int steps) {
     const size_t t = steps;
-    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3);
+    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + TELLS_SIGNAL);
     for (int l = 0; l < LAYERS; ++l) rows += (t + 1) * joined_of(l) + t * GATES + (t + 1) * HIDDEN + t * HIDDEN;
     return rows * WIDTH;
   }
@@ -666,6 +670,7 @@ struct Tape {
     update = take(t);
     size = take(t);
     active = take(t);
+    by_last = take(TELLS_SIGNAL ? t : 0);
     for (int l = 0; l < LAYERS; ++l) {
       joined[l] = take((t + 1) * joined_of(l));
       gates[l] = take(t * GATES);
@@ -705,7 +710,8 @@ void replay(const Weights& w, const Inputs& in, const float* hidden, const float
       std::memcpy(above, next, HIDDEN * WIDTH * sizeof(float));
     }
     read_out(w, tape.top + t * HIDDEN * WIDTH, x + FEATURES * WIDTH, in, scale, tape.active + t * WIDTH,
-             tape.y + t * OUTPUTS * WIDTH, log_size, tape.size + t * WIDTH, tape.update + t * WIDTH);
+             tape.y + t * OUTPUTS * WIDTH, log_size, tape.by_last + t * WIDTH, tape.size + t * WIDTH,
+             tape.update + t * WIDTH);
   }
 }
 
@@ -723,7 +729,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           ptrdiff_t ld, ptrdiff_t column, int width, int slot, int steps, float range, Tape& tape, Sums& sums,
           float scale) {
   alignas(64) float d_hidden[LAYERS][HIDDEN * WIDTH], d_cell[LAYERS][HIDDEN * WIDTH], d_above[HIDDEN * WIDTH],
-      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH], d_log[WIDTH];
+      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH], d_log[WIDTH], d_last[WIDTH];
   for (int l = 0; l < LAYERS; ++l)
     for (int h = 0; h < HIDDEN; ++h) {
       const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
@@ -763,6 +769,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           const float d = d_log[j] + d_size, slope = last[j];
           const bool moves = active[j] != 0.0f;
           last[j] = moves ? d * slope : 0.0f;
+          if (TELLS_SIGNAL) d_last[j] = moves ? d * tape.by_last[t * WIDTH + j] : 0.0f;
           d_log[j] = !moves || slope != 0.0f ? d : 0.0f;
         }
       }
@@ -844,6 +851,8 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
     if (outward.x_out)
       for (int f = 0; f < SKIPS; ++f)
         for (int j = 0; j < WIDTH; ++j) d_x[f * WIDTH + j] += w.skip[f] * y[(OUTPUTS - 1) * WIDTH + j];
+    if (TELLS_SIGNAL && outward.x_out)
+      for (int j = 0; j < WIDTH; ++j) d_x[(FEATURES - 1) * WIDTH + j] += d_last[j];
     if (outward.x_out)
       for (int f = 0; f < FEATURES; ++f)
         store_row(d_x + f * WIDTH, width, outward.x_out + (ptrdiff_t(t - slot) * ROWS + f) * ld + column);
@@ -990,7 +999,7 @@ void lstm_normalized_back(const float* grads, const float* m, const float* v, co
 // a², b₁², b₂², b₃², a b₁, a b₂, a b₃, b₁ b₂, b₁ b₃ and b₂ b₃, where a is the gradient and b the averages of it before the
 // step, all divided by the root of the average square after it, bounded as in `features.bounded_square`, and b₂ and b₃
 // faded beside the root of the recent one; where the signal is told, b₃² once more, without the bias that an average has
-// after so many steps. What is not finite is left out. sums [10 or 11, tensors].
+// after so many steps, and how many a there are that are not zero. What is not finite is left out. sums [10 or 12, tensors].
 void lstm_context(const float* grads, const float* m, const float* v, long ld, const float* step, int shared_step,
                   double slow_beta, double beta, double recent_beta, double doubt_beta, float ratio, const long* bounds,
                   long tensors, double* sums, int threads) {
@@ -1000,10 +1009,10 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
   const int num_v = doubt_keep > 0.0f ? 3 : 2;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && bounds[tensors] > 4096)
   for (long s = 0; s < tensors; ++s) {
-    double total[10] = {};
+    double total[10] = {}, heard = 0.0;
     for (long start = bounds[s]; start < bounds[s + 1]; start += 1024) {
       const long stop = bounds[s + 1] < start + 1024 ? bounds[s + 1] : start + 1024;
-      float part[10][WIDTH] = {};
+      float part[10][WIDTH] = {}, count[WIDTH] = {};
       for (long i = start; i < stop; i += WIDTH) {
         const int width = stop - i < WIDTH ? int(stop - i) : WIDTH;
         alignas(64) float x[7][WIDTH], most_ratio[WIDTH];
@@ -1022,6 +1031,7 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
           b1 = sound ? b1 : 0.0f;
           b2 = sound ? b2 : 0.0f;
           b3 = sound ? b3 : 0.0f;
+          if (TELLS_SIGNAL) count[j] += a != 0.0f ? 1.0f : 0.0f;
           part[0][j] += a * a;
           part[1][j] += b1 * b1;
           part[2][j] += b2 * b2;
@@ -1036,18 +1046,20 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
       }
       for (int k = 0; k < 10; ++k)
         for (int j = 0; j < WIDTH; ++j) total[k] += part[k][j];
+      for (int j = 0; j < WIDTH; ++j) heard += count[j];
     }
     for (int k = 0; k < 10; ++k) sums[k * tensors + s] = total[k];
     if (TELLS_SIGNAL) {
       const double age = step[shared_step ? 0 : bounds[s]];
       const double correction = -std::expm1((age > 1.0 ? age : 1.0) * std::log(slow_beta));
       sums[10 * tensors + s] = total[3] / (correction * correction);
+      sums[11 * tensors + s] = heard;
     }
   }
 }
 
-// See `features.agreement`: from those sums to how well they agree, [4 or 5, tensors].
-void lstm_agreement(const double* sums, long tensors, double* out) {
+// See `features.agreement`: from those sums to how well they agree, [4 or 6, tensors].
+void lstm_agreement(const double* sums, long tensors, double ratio, double* out) {
   for (long s = 0; s < tensors; ++s) {
     double q[10];
     for (int k = 0; k < 10; ++k) q[k] = sums[k * tensors + s];
@@ -1061,6 +1073,8 @@ void lstm_agreement(const double* sums, long tensors, double* out) {
     if (TELLS_SIGNAL) {
       const double sharp = q[0] > 0.0 ? 10.0 * std::sqrt(sums[10 * tensors + s] / q[0]) : 0.0;
       out[4 * tensors + s] = sharp / (1.0 + sharp);
+      const double heard = sums[11 * tensors + s], loudness = ratio * q[0] / (heard > 1.0 ? heard : 1.0);
+      out[5 * tensors + s] = loudness < 1.0 ? loudness : 1.0;
     }
   }
 }

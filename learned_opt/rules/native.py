@@ -20,7 +20,7 @@ import torch
 from learned_opt.rules import build
 from learned_opt.rules import native_calls as calls
 from learned_opt.rules.context import Context, TensorLayout
-from learned_opt.rules.features import NUM_AVERAGES, NUM_CONTEXT, NUM_MOMENTA
+from learned_opt.rules.features import NUM_AVERAGES, NUM_CONTEXT, NUM_MOMENTA, NUM_SIGNAL
 from learned_opt.task import Tensors
 
 _SOURCE = Path(__file__).with_name("lstm_kernel.cpp")
@@ -320,7 +320,7 @@ class LSTMKernel:
         return out, d_grads
 
     def context_sums(self, grads: torch.Tensor, state: Tensors, inputs: Inputs, layout: TensorLayout) -> torch.Tensor:
-        """The sums [10 or 11, tensors] that `features.agreement_terms` describes, in float64.
+        """The sums [10 or 12, tensors] that `features.agreement_terms` describes, in float64.
 
         Args:
             grads: [n].
@@ -331,7 +331,7 @@ class LSTMKernel:
         calls.check(grads)
         rows, spacing = calls.in_rows({"m": state["m"], "v": state["v"]}, grads.shape[0])
         bounds = calls.bounds(layout)
-        sums = grads.new_empty(10 + self._tells_signal, len(bounds) - 1, dtype=torch.float64)
+        sums = grads.new_empty(10 + 2 * self._tells_signal, len(bounds) - 1, dtype=torch.float64)
         grads, step = grads.contiguous(), state["step"].contiguous()
         self._context(
             *(grads.data_ptr(), rows["m"].data_ptr(), rows["v"].data_ptr(), spacing),
@@ -341,10 +341,10 @@ class LSTMKernel:
         )
         return sums
 
-    def agreement(self, sums: torch.Tensor) -> torch.Tensor:
-        """`features.agreement` of such sums, float64 on the CPU: float64 [4 or 5, tensors]."""
-        out = sums.new_empty(NUM_CONTEXT + self._tells_signal, sums.shape[1])
-        self._agreement(sums.contiguous().data_ptr(), sums.shape[1], out.data_ptr())
+    def agreement(self, sums: torch.Tensor, ratio: float = 1.0) -> torch.Tensor:
+        """`features.agreement` of such sums, float64 on the CPU: float64 [4 or 6, tensors]."""
+        out = sums.new_empty(NUM_CONTEXT + NUM_SIGNAL * self._tells_signal, sums.shape[1])
+        self._agreement(sums.contiguous().data_ptr(), sums.shape[1], ratio, out.data_ptr())
         return out
 
     def _run(
