@@ -242,8 +242,8 @@ def agreement(sums: torch.Tensor, ratio: float = 1.0) -> torch.Tensor:
     what it is. The weaker the signal, the smaller a cosine still means that steps are too short.
 
     The sixth is how loud the gradient is: the mean of a² over coordinates whose gradient is not zero, times `ratio`,
-    and one at most. It is one for noise, and where gradients shrink until the average square meets its bound. It is small
-    where squares stay above their bound, since they are doubted, and the gradient is far below them.
+    and one at most. It is one for noise, and where gradients shrink until the average square meets its bound. It is
+    small where squares stay above their bound, since they are doubted, and the gradient is far below them.
 
     Args:
         sums: of `agreement_terms` over the tensor, [10 or 12, …].
