@@ -7,7 +7,8 @@ Eleven families that are not in the suite `test`: five networks, of which two ("
 by heart, functions, and regressions. Every file is run as it is, and the first one with each of the changes, beside
 Adam at the rate of a half-decade grid that is best on other draws. Printed are, for each: the interquartile mean of the
 speed-up over all tasks (`learned_opt.evaluation.speedup`), that of every family, and how many steps were lost: above a
-twentieth of the run's first loss, and above twenty times the least mean of ten steps so far.
+twentieth of the run's first loss, and above twenty times the least mean of ten steps so far. Last losses, ours and
+Adam's, are in the file.
 """
 
 from __future__ import annotations
@@ -46,6 +47,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "robust regression": {"name": "robust_regression"},
     "quadratic": SUITES["train"]["quadratic"],
 }
+NOISY: dict[str, dict[str, Any]] = {
+    "small batches": {**_DIGITS, "hidden": [16], "activation": "relu", "batch_size": 8},
+    "text relu": {"name": "char_mlp", "batch_size": 4, "hidden": 32, "activation": "relu", "context": 3},
+    "text noise": {"name": "char_mlp", "batch_size": 8, "hidden": 16, "label_noise": 0.2},
+}
+"""On request: batches of four and eight."""
+
+
+def last_loss(losses: np.ndarray) -> float:
+    """The median over runs, of losses [steps, runs], of the mean over the last fiftieth of the steps."""
+    return float(np.median(losses[-max(len(losses) // 50, 1) :].mean(0)))
 
 
 def lost_steps(losses: np.ndarray) -> int:
@@ -76,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", nargs="*", default=["compact"], help="names that ship, or exported files")
     parser.add_argument("--changes", nargs="*", default=[], help="each name=value, or several with commas")
-    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--families", nargs="+", choices=[*FAMILIES, *NOISY], default=list(FAMILIES))
     parser.add_argument("--num-steps", type=int, default=500)
     parser.add_argument("--num-tasks", type=int, default=12)
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -89,6 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = {**first.rule.settings(), **changed(text)}
         variants[text] = (rules.get(first.rule.kind, **settings), first.theta)
     given = ["--changes", *options.changes] if options.changes else []
+    if options.families != list(FAMILIES):
+        given += ["--families", *(f"'{label}'" if " " in label else label for label in options.families)]
+    if options.num_steps != 500:
+        given += ["--num-steps", str(options.num_steps)]
     document: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.rule_settings", *options.weights, *given]),
         "num_steps": options.num_steps,
@@ -98,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     found: dict[str, list[np.ndarray]] = {name: [] for name in variants}
     num_steps, num_tasks = options.num_steps, options.num_tasks
-    for label, family in tasks.build({label: FAMILIES[label] for label in options.families}).items():
+    for label, family in tasks.build({label: {**FAMILIES, **NOISY}[label] for label in options.families}).items():
         batched = BatchedFamily(family)
         draws: dict[str, Any] = {"split": "meta_validation", "num_tasks": num_tasks}
         _, theirs = tuned_adam(batched, num_steps, tuning_tasks=8, seed=_SEED, **draws)
@@ -108,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             speeds = speedups(ours, theirs)
             found[name].append(speeds)
             row = {"speedup": float(trim_mean(speeds, 0.25)), "lost_steps": lost_steps(ours)}
+            row |= {"last_loss": last_loss(ours), "last_loss_of_adam": last_loss(theirs)}
             document["results"][name]["families"][label] = row
     for name, row in document["results"].items():
         row["speedup"] = float(trim_mean(np.concatenate(found[name]), 0.25))

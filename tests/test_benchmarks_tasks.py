@@ -106,6 +106,7 @@ def test_settings_of_a_rule_changed_by_hand(tmp_path, capsys):
     curve = np.array([1.0] * 10 + [0.001] * 20 + [0.021, 0.06, 0.04, 0.0])[:, None]
     # Above a twentieth of the first loss, and above twenty times the least mean of ten: one step of two curves.
     assert rule_settings.lost_steps(np.concatenate([curve, np.ones_like(curve)], 1)) == 1
+    assert rule_settings.last_loss(np.array([[1.0, 3.0]] * 99 + [[0.5, 2.0]])) == 1.625  # of means over two steps
     results = tmp_path / "settings.json"
     common = ["--families", "quadratic", "--num-steps", "40", "--num-tasks", "2", "--out", str(results)]
     rule_settings.main(["compact", "--changes", "square_ratio=64", "growth=0.01,doubt=0.9", *common])
