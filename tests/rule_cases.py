@@ -18,7 +18,7 @@ def told(rule: UpdateRule, n: int, num_steps: int | None = None, seed: int = 7) 
     generator = torch.Generator().manual_seed(seed)
     steps = () if num_steps is None else (num_steps,)
     values = torch.randn(*steps, rule.num_context, 3, generator=generator)
-    if rule.num_context > NUM_CONTEXT:
+    if rule.num_context > NUM_CONTEXT + 1:
         values[..., -1, :] = values[..., -1, :].sigmoid()  # loudness is a share
     return Context(values, torch.randint(3, (n,), generator=generator, dtype=torch.int32).sort().values)
 
@@ -38,7 +38,7 @@ def arguments(context: Context | None) -> tuple[Context, ...]:
 
 
 def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
-    """The context [4 or 6] of a mixture's one tensor: cosines, written as they are defined, and lengths."""
+    """The context [4 to 6] of a mixture's one tensor: cosines, written as they are defined, and lengths."""
     c = rule.settings()
     average, recent = (
         beta * v + (1 - beta) * grads**2 for beta, v in zip((c["square"], c["recent_square"]), state["v"])
@@ -62,9 +62,9 @@ def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> 
         cosines.append(torch.zeros_like(cosines[0]))
     values = torch.stack(cosines)
     told = 10 * values / (1 + 10 * values.abs())
-    if c["signal"]:
+    if c["loudness"]:
         heard = now[now != 0]
-        loudness = c["square_ratio"] * (heard**2).mean() if len(heard) else told.new_zeros(())
+        loudness = c["loudness"] * (heard**2).mean() if len(heard) else told.new_zeros(())
         told = torch.cat([told, loudness.clamp_max(1)[None]])
     return told
 

@@ -25,7 +25,8 @@ from tasks.quadratic import Quadratic
 
 VARIANTS = {name: (name, {}) for name in rules.RULES if hasattr(rules.get(name), "native_kernel")} | {
     "growing": ("mixture", {"growth": 0.2}),
-    "told_of_signal": ("mixture", {"growth": 0.2, "signal": True, "square_ratio": 1.0}),
+    "told_of_signal": ("mixture", {"growth": 0.2, "signal": True}),
+    "hushed": ("mixture", {"growth": 0.2, "signal": True, "loudness": 0.5}),
     "doubting": ("mixture", {"growth": 0.2, "doubt": 0.8}),
     "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 5, "dense_units": 3, "output_tanh": False}),
     "three_layers_log": (
@@ -484,9 +485,9 @@ def test_a_compiler_that_never_ends(source, cache, monkeypatch, tmp_path):
         assert build.load(source, ["-DANSWER=42"]) is None
 
 
-@pytest.mark.parametrize("signal", [False, True])
-def test_sums_over_tensors(signal):
-    rule = rules.get("mixture", growth=0.2, signal=signal)
+@pytest.mark.parametrize("settings", [{}, {"signal": True}, {"signal": True, "loudness": 0.5}])
+def test_sums_over_tensors(settings):
+    rule = rules.get("mixture", growth=0.2, **settings)
     theta, sizes = theta_of(rule), (1, 3000, 40, 7)
     n = 2 * sum(sizes)
     state, grads = started(rule, theta, n), grads_of(n)[0]
@@ -503,16 +504,16 @@ def test_sums_over_tensors(signal):
     torch.testing.assert_close(spoiled, context(rule, whole, state, layout).values, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("signal", [False, True])
-def test_agreement_is_what_it_is_in_torch(signal):
-    rule = rules.get("paced", signal=signal)
+@pytest.mark.parametrize(("signal", "loudness"), [(False, 0.0), (True, 0.0), (True, 0.4)])
+def test_agreement_is_what_it_is_in_torch(signal, loudness):
+    rule = rules.get("paced", signal=signal, loudness=loudness)
     a, *averages = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pairs = [(a, a), *((b, b) for b in averages), *((a, b) for b in averages), *itertools.combinations(averages, 2)]
     sums = torch.stack([(one * other).sum(0) for one, other in (*pairs, *[pairs[3], (a, a)] * signal)])
     sums[:, 2], sums[1, 3], sums[0, 4] = 0, float("nan"), 1e-300
-    want, kernel = agreement(sums, 64.0), native.kernel(rule.native_shape)
-    torch.testing.assert_close(kernel.agreement(sums, 64.0), want, rtol=1e-14, atol=0)
-    assert rule.context_of(sums).equal(kernel.agreement(sums, 64.0)) and (want[:, 2] == 0).all()
+    want, kernel = agreement(sums, loudness), native.kernel(rule.native_shape)
+    torch.testing.assert_close(kernel.agreement(sums, loudness), want, rtol=1e-14, atol=0)
+    assert rule.context_of(sums).equal(kernel.agreement(sums, loudness)) and (want[:, 2] == 0).all()
     assert rule.context_of(sums.requires_grad_()).requires_grad
 
 

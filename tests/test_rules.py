@@ -32,7 +32,8 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "no_momentum": ("lstm", {"beta": 0.0, "output_scale": 2.0}),
     "growing": ("mixture", {"growth": 0.1}),
     "doubting": ("mixture", {"growth": 0.1, "doubt": 0.9}),
-    "told_of_signal": ("mixture", {"growth": 0.1, "signal": True, "square_ratio": 1.0}),
+    "told_of_signal": ("mixture", {"growth": 0.1, "signal": True}),
+    "hushed": ("mixture", {"growth": 0.1, "signal": True, "loudness": 0.5}),
     "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
 N, STEPS = 11, 6
@@ -462,7 +463,7 @@ def test_normalized_inputs_do_not_see_the_scale(name, scale):
 
 
 def numpy_agreement(config, grads):
-    """[steps, 4 or 6] for gradients [steps, n] of one tensor: averages as weighted sums over the past, then cosines."""
+    """[steps, 4 to 6] for gradients [steps, n] of one tensor: averages as weighted sums over the past, then cosines."""
     g, out = np.asarray(grads, dtype=np.float64), []
 
     def average(values, beta):
@@ -487,9 +488,9 @@ def numpy_agreement(config, grads):
             unbiased = third / (1 - config["slow"] ** max(t, 1))
             c = np.append(c, np.linalg.norm(unbiased) / np.linalg.norm(now) if now.any() else 0.0)
         told = 10 * c / (1 + 10 * abs(c))
-        if config["signal"]:
+        if config["loudness"]:
             heard = now[now != 0]
-            told = np.append(told, min(1.0, config["square_ratio"] * np.mean(heard**2)) if len(heard) else 0.0)
+            told = np.append(told, min(1.0, config["loudness"] * np.mean(heard**2)) if len(heard) else 0.0)
         out.append(told)
     return np.stack(out)
 
@@ -504,7 +505,7 @@ def told_in_a_run(rule, theta, grads, layout):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("variant", ["paced", "grows_fast", "told_of_signal"])
+@pytest.mark.parametrize("variant", ["paced", "grows_fast", "told_of_signal", "hushed"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=str)
 @pytest.mark.usefixtures("kernels")
 def test_agreement_is_that_of_each_tensor_s_gradients(variant, dtype, tolerance):
@@ -558,7 +559,7 @@ def test_the_strength_of_the_signal():
 
 @pytest.mark.usefixtures("kernels")
 def test_steps_grow_the_less_the_quieter_gradients_are():
-    rule = rules.get("paced", signal=True)
+    rule = rules.get("paced", signal=True, loudness=64.0)
     theta, state = rule.init_theta(torch.Generator().manual_seed(0)), rule.init_state(3)
     grads = torch.tensor([1.0, -2.0, 3.0])
 
@@ -588,6 +589,7 @@ def test_agreement_of_sums():
     assert agreement(cancels).tolist() == pytest.approx([5 / 6, 0.0, 0.0, 0.0])  # the slower undoes the faster
     assert agreement(torch.zeros(10, 2)).equal(torch.zeros(4, 2))
     assert agreement(torch.zeros(12, 2), 64.0).equal(torch.zeros(6, 2))
+    assert agreement(torch.zeros(12, 2)).equal(torch.zeros(5, 2))
     told = agreement(torch.cat([alone, torch.tensor([1.0, 80.0]).double()]), 16.0)
     assert told.tolist() == pytest.approx(
         [5 / 6] * 3 + [10 / 11, 5 / 6, 0.8]
@@ -888,6 +890,8 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("compact", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ("compact", {"hidden_size": 0}, "hidden_size must be at least 1; got 0"),
         ("mixture", {"signal": True}, "signal needs growth: .*; give a growth above 0"),
+        ("paced", {"signal": True, "loudness": -1.0}, "loudness must be finite and not negative; got -1.0"),
+        ("paced", {"loudness": 64.0}, "loudness needs signal: it is told beside it; got 64.0 without; set signal"),
         ("mixture", {"doubt": 1.0}, r"doubt must lie in \[0, 1\); got 1.0"),
         ("mixture", {"doubt": -0.5}, r"doubt must lie in \[0, 1\); got -0.5"),
         ("paced", {"growth": -0.1}, "growth must be finite and not negative; got -0.1"),

@@ -184,9 +184,7 @@ def _root(square: torch.Tensor) -> torch.Tensor:
 
 
 NUM_CONTEXT = 4
-"""Rows of `agreement` without what it tells of the signal."""
-NUM_SIGNAL = 2
-"""Those rows: how strong it is, and how loud the gradient."""
+"""Rows of `agreement` without the strength of the signal and the loudness."""
 _NUM_SUMS = 10
 _SOUND = 1e15
 _SHARPNESS = 10.0
@@ -228,8 +226,8 @@ def agreement_terms(
     return torch.stack(terms)
 
 
-def agreement(sums: torch.Tensor, ratio: float = 1.0) -> torch.Tensor:
-    """How well a tensor's gradient agrees with its momenta: [4, …] in (−1, 1), and with twelve sums [6, …].
+def agreement(sums: torch.Tensor, loudness: float = 0.0) -> torch.Tensor:
+    """How well a tensor's gradient agrees with its momenta: [4, …] in (−1, 1); with twelve sums [5, …], or [6, …].
 
     With a and bᵢ of `agreement_terms`: cosines of the angles between a and b₁, a and b₁ + b₂, a and b₁ + b₂ + b₃, and
     between b₁ and b₁ + b₂ + b₃. Each is passed through 10c/(1 + 10|c|), since it is around zero that they tell steps
@@ -241,13 +239,14 @@ def agreement(sums: torch.Tensor, ratio: float = 1.0) -> torch.Tensor:
     which says how much of a gradient is signal. It is some 0.02 for nothing but noise and one for a gradient that stays
     what it is. The weaker the signal, the smaller a cosine still means that steps are too short.
 
-    The sixth is how loud the gradient is: the mean of a² over coordinates whose gradient is not zero, times `ratio`,
-    and one at most. It is one for noise, and where gradients shrink until the average square meets its bound. It is
-    small where squares stay above their bound, since they are doubted, and the gradient is far below them.
+    The sixth, if there is `loudness`, is how loud the gradient is: the mean of a² over coordinates whose gradient is
+    not zero, times `loudness`, and one at most. With the ratio of `bounded_square` it is one for noise, some half where
+    gradients shrink so that the average square stays at its bound, and small where the gradient is far below those just
+    before.
 
     Args:
         sums: of `agreement_terms` over the tensor, [10 or 12, …].
-        ratio: of `bounded_square`.
+        loudness: what the mean is multiplied by; 0 to leave it out.
     """
     a, one, second, third, a_first, a_second, a_third, first_second, first_third, second_third = sums[:_NUM_SUMS]
     two = one + second + 2 * first_second
@@ -260,7 +259,6 @@ def agreement(sums: torch.Tensor, ratio: float = 1.0) -> torch.Tensor:
         length = _root(torch.where(a > 0, sums[_NUM_SUMS] / torch.where(a > 0, a, 1.0), 0.0))
         cosines = torch.cat([cosines, length[None]])
     told = _SHARPNESS * cosines / (1 + _SHARPNESS * cosines.abs())
-    if len(sums) > _NUM_SUMS:
-        loudness = (ratio * a / sums[_NUM_SUMS + 1].clamp_min(1)).clamp_max(1)
-        told = torch.cat([told, loudness[None]])
+    if len(sums) > _NUM_SUMS and loudness:
+        told = torch.cat([told, (loudness * a / sums[_NUM_SUMS + 1].clamp_min(1)).clamp_max(1)[None]])
     return told

@@ -44,7 +44,8 @@ typedef float Loose __attribute__((vector_size(LANES * sizeof(float)), aligned(s
 typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
 constexpr bool GROWS = CONTEXT > 0;
-constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the last two numbers of the context; steps grow the less the lower the last
+constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the fifth number of the context
+constexpr bool HUSHED = CONTEXT > 5;        // the sixth, by which steps grow less
 constexpr int SKIPS = GROWS ? FEATURES : 0;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
 constexpr float MOST_SHRUNK = 12.0f;              // bound of the logarithm that a step has shrunk by
@@ -568,11 +569,11 @@ inline void read_out(const Weights& w, const float* top, const float* directions
       float* __restrict last = y + (OUTPUTS - 1) * WIDTH;
       const float* __restrict loudness = directions - WIDTH;
       for (int j = 0; j < WIDTH; ++j) {
-        const float growth = TELLS_SIGNAL && last[j] > 0.0f ? in.growth * loudness[j] : in.growth;
+        const float growth = HUSHED && last[j] > 0.0f ? in.growth * loudness[j] : in.growth;
         const float grown = log_size[j] + growth * last[j];
         const float held = grown > in.most_grown ? in.most_grown : grown < -MOST_SHRUNK ? -MOST_SHRUNK : grown;
         const float slope = growth * (1.0f - last[j] * last[j]);
-        if (TELLS_SIGNAL) by_last[j] = held == grown && last[j] > 0.0f ? in.growth * last[j] : 0.0f;
+        if (HUSHED) by_last[j] = held == grown && last[j] > 0.0f ? in.growth * last[j] : 0.0f;
         last[j] = held != grown ? 0.0f : slope > 1e-30f ? slope : 1e-30f;  // tells the bound from a flat tanh
         log_size[j] = active[j] != 0.0f ? held : log_size[j];
       }
@@ -653,7 +654,7 @@ struct Tape {
       *by_last;
   static size_t floats(int steps) {
     const size_t t = steps;
-    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + TELLS_SIGNAL);
+    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + HUSHED);
     for (int l = 0; l < LAYERS; ++l) rows += (t + 1) * joined_of(l) + t * GATES + (t + 1) * HIDDEN + t * HIDDEN;
     return rows * WIDTH;
   }
@@ -670,7 +671,7 @@ struct Tape {
     update = take(t);
     size = take(t);
     active = take(t);
-    by_last = take(TELLS_SIGNAL ? t : 0);
+    by_last = take(HUSHED ? t : 0);
     for (int l = 0; l < LAYERS; ++l) {
       joined[l] = take((t + 1) * joined_of(l));
       gates[l] = take(t * GATES);
@@ -769,7 +770,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           const float d = d_log[j] + d_size, slope = last[j];
           const bool moves = active[j] != 0.0f;
           last[j] = moves ? d * slope : 0.0f;
-          if (TELLS_SIGNAL) d_last[j] = moves ? d * tape.by_last[t * WIDTH + j] : 0.0f;
+          if (HUSHED) d_last[j] = moves ? d * tape.by_last[t * WIDTH + j] : 0.0f;
           d_log[j] = !moves || slope != 0.0f ? d : 0.0f;
         }
       }
@@ -851,7 +852,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
     if (outward.x_out)
       for (int f = 0; f < SKIPS; ++f)
         for (int j = 0; j < WIDTH; ++j) d_x[f * WIDTH + j] += w.skip[f] * y[(OUTPUTS - 1) * WIDTH + j];
-    if (TELLS_SIGNAL && outward.x_out)
+    if (HUSHED && outward.x_out)
       for (int j = 0; j < WIDTH; ++j) d_x[(FEATURES - 1) * WIDTH + j] += d_last[j];
     if (outward.x_out)
       for (int f = 0; f < FEATURES; ++f)
@@ -1058,8 +1059,8 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
   }
 }
 
-// See `features.agreement`: from those sums to how well they agree, [4 or 6, tensors].
-void lstm_agreement(const double* sums, long tensors, double ratio, double* out) {
+// See `features.agreement`: from those sums to how well they agree, [4 to 6, tensors].
+void lstm_agreement(const double* sums, long tensors, double loudness, double* out) {
   for (long s = 0; s < tensors; ++s) {
     double q[10];
     for (int k = 0; k < 10; ++k) q[k] = sums[k * tensors + s];
@@ -1073,8 +1074,10 @@ void lstm_agreement(const double* sums, long tensors, double ratio, double* out)
     if (TELLS_SIGNAL) {
       const double sharp = q[0] > 0.0 ? 10.0 * std::sqrt(sums[10 * tensors + s] / q[0]) : 0.0;
       out[4 * tensors + s] = sharp / (1.0 + sharp);
-      const double heard = sums[11 * tensors + s], loudness = ratio * q[0] / (heard > 1.0 ? heard : 1.0);
-      out[5 * tensors + s] = loudness < 1.0 ? loudness : 1.0;
+    }
+    if (HUSHED) {
+      const double heard = sums[11 * tensors + s], loud = loudness * q[0] / (heard > 1.0 ? heard : 1.0);
+      out[5 * tensors + s] = loud < 1.0 ? loud : 1.0;
     }
   }
 }

@@ -20,9 +20,9 @@ hypergradients (Baydin et al. 2018); when, by how much, and for how long it is r
 
 With `signal` it is told, as well, how much of the tensor's gradient is signal. In noise a gradient agrees little with
 its past, however short the steps are; a rule that shrinks steps below a certain agreement then shrinks them for ever.
-And steps grow less the quieter gradients are beside what they are divided by: a network that knows its data by heart
-has many batches with next to no gradient, which agree, and steps that had grown on them would throw it out at the next
-one that has more.
+With `loudness` steps grow less the quieter gradients are beside what they are divided by: a network that knows its
+data by heart has many batches with next to no gradient, which agree, and steps that had grown on them would throw it
+out at the next one that has more.
 
 Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction times the exponential
 of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
@@ -47,7 +47,6 @@ from learned_opt.rules.features import (
     NUM_DIRECTIONS,
     NUM_EVEN,
     NUM_MOMENTA,
-    NUM_SIGNAL,
     agreement,
     agreement_terms,
     momenta,
@@ -76,8 +75,9 @@ class MixtureRuleConfig(RuleConfig):
         growth: the most that a step's logarithm grows or shrinks by for good in one step, not negative; 0 leaves this
             out, the state that it needs, and what is asked of whole tensors.
         most_grown: bound of the logarithm that a step has grown by for good, in (0, 12]; it may shrink by e^−12.
-        signal: whether the LSTM is told, beside how gradients agree, how strong their signal is and how loud they are,
-            and steps grow the less the quieter they are; needs `growth`.
+        signal: whether the LSTM is told, beside how gradients agree, how strong their signal is; needs `growth`.
+        loudness: with it the LSTM is told how loud gradients are, too, the mean of their squares over the average ones
+            times this, at most one; and steps grow by so much less. At least 0, which leaves it out; needs `signal`.
         basis: matrices are taken in the eigenvectors of their gradients' second moments (`learned_opt.rules.basis`)
             along sides of at most so many rows or columns; 0 for none.
         basis_decay: decay of those second moments, in [0, 1).
@@ -98,6 +98,7 @@ class MixtureRuleConfig(RuleConfig):
     growth: float = 0.0
     most_grown: float = 12.0
     signal: bool = False
+    loudness: float = 0.0
     basis: int = 0
     basis_decay: float = 0.95
     basis_every: int = 5
@@ -117,6 +118,10 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(f"growth must be finite and not negative; got {self.growth}")
         if self.signal and not self.growth:
             raise ValueError("signal needs growth: without it nothing is asked of whole tensors; give a growth above 0")
+        if not 0 <= self.loudness < math.inf:
+            raise ValueError(f"loudness must be finite and not negative; got {self.loudness}")
+        if self.loudness and not self.signal:
+            raise ValueError(f"loudness needs signal: it is told beside it; got {self.loudness} without; set signal")
         for name in ("hidden_size", "basis_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -146,7 +151,7 @@ class MixtureRule(CompiledRule):
 
     def __init__(self, config: MixtureRuleConfig | None = None) -> None:
         c = self.config = config or MixtureRuleConfig()
-        self.num_context = NUM_CONTEXT + NUM_SIGNAL * c.signal if c.growth else 0
+        self.num_context = NUM_CONTEXT + c.signal + (c.loudness > 0) if c.growth else 0
         self.basis = Basis(longest=c.basis, decay=c.basis_decay, every=c.basis_every) if c.basis else None
 
     def init_theta(self, generator: torch.Generator) -> Tensors:
@@ -173,7 +178,7 @@ class MixtureRule(CompiledRule):
             told = [0.25, 0.5, 0.5, 0.0]
             theta["output.bias"][-1] = -0.2  # steps shrink where nothing speaks for longer ones
             if self.config.signal:  # less so where the signal is weak, so that it takes less to speak for them
-                told += [-0.15, 0.0]
+                told += [-0.15, 0.0][: self.num_context - NUM_CONTEXT]
                 theta["output.bias"][-1] += 0.15
             theta["output.skip"] = torch.zeros(self._num_inputs)
             theta["output.skip"][_OWN_AGREEMENT] = 0.5
@@ -193,8 +198,8 @@ class MixtureRule(CompiledRule):
 
     def context_of(self, sums: torch.Tensor) -> torch.Tensor:
         kernel = native.kernel(self.native_shape) if native.unrecorded(sums, dtype=torch.float64) else None
-        ratio = self.config.square_ratio
-        return agreement(sums, ratio) if kernel is None else kernel.agreement(sums, ratio)
+        loudness = self.config.loudness
+        return agreement(sums, loudness) if kernel is None else kernel.agreement(sums, loudness)
 
     def context_sums(self, grads: torch.Tensor, state: Tensors, layout: TensorLayout) -> torch.Tensor:
         kernel = native.kernel(self.native_shape) if native.usable(grads, *state.values()) else None
@@ -233,7 +238,7 @@ class MixtureRule(CompiledRule):
         log_size = (out[0] / c.range).tanh() * c.range
         if c.growth:
             rate = (out[-1] + theta["output.skip"] @ joined[: self._num_inputs]).tanh()
-            if c.signal:  # what is hardly heard is no reason to take longer steps
+            if c.loudness:  # what is hardly heard is no reason to take longer steps
                 rate = torch.where(rate > 0, rate * joined[self._num_inputs - 1], rate)
             grown = (state["log_size"] + c.growth * rate).clamp(-_MOST_SHRUNK, c.most_grown)
             new_state["log_size"] = torch.where(active, grown, state["log_size"])

@@ -20,7 +20,7 @@ import torch
 from learned_opt.rules import build
 from learned_opt.rules import native_calls as calls
 from learned_opt.rules.context import Context, TensorLayout
-from learned_opt.rules.features import NUM_AVERAGES, NUM_CONTEXT, NUM_MOMENTA, NUM_SIGNAL
+from learned_opt.rules.features import NUM_AVERAGES, NUM_CONTEXT, NUM_MOMENTA
 from learned_opt.task import Tensors
 
 _SOURCE = Path(__file__).with_name("lstm_kernel.cpp")
@@ -341,10 +341,10 @@ class LSTMKernel:
         )
         return sums
 
-    def agreement(self, sums: torch.Tensor, ratio: float = 1.0) -> torch.Tensor:
-        """`features.agreement` of such sums, float64 on the CPU: float64 [4 or 6, tensors]."""
-        out = sums.new_empty(NUM_CONTEXT + NUM_SIGNAL * self._tells_signal, sums.shape[1])
-        self._agreement(sums.contiguous().data_ptr(), sums.shape[1], ratio, out.data_ptr())
+    def agreement(self, sums: torch.Tensor, loudness: float = 0.0) -> torch.Tensor:
+        """`features.agreement` of such sums, float64 on the CPU: float64 [4 to 6, tensors], as the shape has it."""
+        out = sums.new_empty(max(NUM_CONTEXT, self.shape.num_context), sums.shape[1])
+        self._agreement(sums.contiguous().data_ptr(), sums.shape[1], loudness, out.data_ptr())
         return out
 
     def _run(
