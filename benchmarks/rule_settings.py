@@ -14,6 +14,7 @@ Adam's, are in the file.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,13 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for text in options.changes:
         settings = {**first.rule.settings(), **changed(text)}
         variants[text] = (rules.get(first.rule.kind, **settings), first.theta)
-    given = ["--changes", *options.changes] if options.changes else []
-    if options.families != list(FAMILIES):
-        given += ["--families", *(f"'{label}'" if " " in label else label for label in options.families)]
-    if options.num_steps != 500:
-        given += ["--num-steps", str(options.num_steps)]
+    command = ["python", "-m", "benchmarks.rule_settings", *options.weights]
+    for name in ("changes", "families", "num_steps", "num_tasks"):
+        value = getattr(options, name)
+        if value != parser.get_default(name):
+            command += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     document: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.rule_settings", *options.weights, *given]),
+        "command": shlex.join(command),
         "num_steps": options.num_steps,
         "num_tasks": options.num_tasks,
         "steps_of_a_family": options.num_tasks * (options.num_steps - 8),

@@ -110,7 +110,11 @@ def test_settings_of_a_rule_changed_by_hand(tmp_path, capsys):
     results = tmp_path / "settings.json"
     common = ["--families", "quadratic", "--num-steps", "40", "--num-tasks", "2", "--out", str(results)]
     rule_settings.main(["compact", "--changes", "square_ratio=64", "growth=0.01,doubt=0.9", *common])
-    rows = json.loads(results.read_text())["results"]
+    document = json.loads(results.read_text())
+    changes = "--changes square_ratio=64 growth=0.01,doubt=0.9"
+    asked = f"compact {changes} --families quadratic --num-steps 40 --num-tasks 2"
+    assert document["command"] == f"python -m benchmarks.rule_settings {asked}"
+    rows = document["results"]
     as_it_is, same, slower = rows.values()
     assert as_it_is == same and slower["speedup"] < as_it_is["speedup"]  # 64 is the setting that it has
     assert "growth=0.01,doubt=0.9: speed-up" in capsys.readouterr().out

@@ -1047,7 +1047,7 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
       }
       for (int k = 0; k < 10; ++k)
         for (int j = 0; j < WIDTH; ++j) total[k] += part[k][j];
-      for (int j = 0; j < WIDTH; ++j) heard += count[j];
+      for (int j = 0; j < WIDTH && TELLS_SIGNAL; ++j) heard += count[j];
     }
     for (int k = 0; k < 10; ++k) sums[k * tensors + s] = total[k];
     if (TELLS_SIGNAL) {

@@ -175,14 +175,13 @@ class MixtureRule(CompiledRule):
         if self.config.growth:
             # Without an LSTM's say this is Adam whose steps find their scale.
             theta["output.weight"].zero_()
-            told = [0.25, 0.5, 0.5, 0.0]
             theta["output.bias"][-1] = -0.2  # steps shrink where nothing speaks for longer ones
-            if self.config.signal:  # less so where the signal is weak, so that it takes less to speak for them
-                told += [-0.15, 0.0][: self.num_context - NUM_CONTEXT]
+            skip = theta["output.skip"] = torch.zeros(self._num_inputs)
+            skip[_OWN_AGREEMENT] = 0.5
+            skip[NUM_EVEN : NUM_EVEN + NUM_CONTEXT] = torch.tensor([0.25, 0.5, 0.5, 0.0])
+            if self.config.signal:  # less so where the signal is weak: there it takes less to speak for them
                 theta["output.bias"][-1] += 0.15
-            theta["output.skip"] = torch.zeros(self._num_inputs)
-            theta["output.skip"][_OWN_AGREEMENT] = 0.5
-            theta["output.skip"][NUM_EVEN:] = torch.tensor(told)
+                skip[NUM_EVEN + NUM_CONTEXT] = -0.15
         return theta
 
     @property
