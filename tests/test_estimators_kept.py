@@ -1,4 +1,4 @@
-"""First-order backpropagation over steps that the unroll has kept, against the replay that takes them again."""
+"""Backpropagation over steps that the unroll has kept, against the one that takes them again."""
 
 import copy
 
@@ -27,10 +27,10 @@ def kept(monkeypatch):
     return found
 
 
-def both_ways(work, num_truncations):
-    """(Estimates with what was kept and by a replay, the particles after each) over some truncations."""
+def both_ways(work, num_truncations, **settings):
+    """(Estimates with what was kept and without, the particles after each) over some truncations."""
     theta = theta_of(work.rule)
-    ways = [estimators.get("backprop"), estimators.get("backprop", chunk_size=10**6)]
+    ways = [estimators.get("backprop", **settings, chunk_size=size) for size in (None, 10**6)]
     states = [way.init(work, theta, range(3)) for way in ways]
     for _ in range(num_truncations):
         yield [way.estimate(work, theta, state) for way, state in zip(ways, states)], states
@@ -46,27 +46,30 @@ def check_alike(estimates, states):
     torch.testing.assert_close(states[0].params, states[1].params, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("settings", [{}, {"order": 2}, {"recompute": True}], ids=str)
 @pytest.mark.parametrize("rule_name", ["l2l", "rnnprop"])
 @pytest.mark.parametrize(
     ("horizon", "want"),
     [(None, [True] * 3), (10, [True] * 3), (7, [True, False, False])],
     ids=["no restart", "restart at the end", "restart inside"],
 )
-def test_it_spares_the_replay_where_nothing_restarts_inside(kept, rule_name, horizon, want):
+def test_steps_are_kept_where_nothing_restarts_inside(kept, rule_name, horizon, want, settings):
     work = workload(rules.get(rule_name), NoisyBowl(), truncation=5, horizon=horizon, random_offsets=False)
-    for estimates, states in both_ways(work, 3):
+    for estimates, states in both_ways(work, 3, **settings):
         check_alike(estimates, states)
         assert any(value.abs().max() > 0 for value in estimates[0].grads.values())
-    assert [found is not None for found in kept[::2]] == want
-    assert kept[1::2] == [None] * 3
+    if "recompute" not in settings:  # which unrolls several times
+        assert [found is not None for found in kept[::2]] == want
+        assert kept[1::2] == [None] * 3
 
 
-def test_a_failing_particle_is_left_out_by_a_replay(kept):
+@pytest.mark.parametrize("settings", [{}, {"order": 2}, {"recompute": True}], ids=str)
+def test_failing_particles_are_left_out(kept, settings):
     work = workload(rules.get("lstm", output_tanh=False, output_scale=1e200), Quadratic(dim=2), truncation=3)
-    for estimates, states in both_ways(work, 1):
+    for estimates, states in both_ways(work, 1, **settings):
         assert estimates[0].num_invalid == estimates[1].num_invalid == 3
         check_alike(estimates, states)
-    assert kept[0] is not None
+    assert kept[0] is not None or settings == {"recompute": True}
     assert set(lstm_tape._kept.tapes) == {torch.float64}  # its memory is not lost, nor is there twice as much
 
 

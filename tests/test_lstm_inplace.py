@@ -6,7 +6,8 @@ import torch
 from learned_opt import rules
 from learned_opt.rules import UpdateRule, lstm_inplace, lstm_tape
 from learned_opt.rules.inplace import keeper
-from learned_opt.rules.lstm_inplace import KeptSteps, LSTMSteps
+from learned_opt.rules.lstm_inplace import LSTMSteps
+from learned_opt.rules.lstm_kept import KeptSteps
 
 VARIANTS = {
     "two layers": ("rnnprop", {"dense_units": 0}),
@@ -131,20 +132,63 @@ def test_kept_steps(rule, tapes, n, num_blocks, count):
         kept = KeptSteps(rule, theta, n, len(grads))
         assert kept._tape.num_blocks == num_blocks
         state, want = {name: value.clone() for name, value in before.items()}, before
-        for grad in grads:
-            update = kept(grad, state)
-            if "step" in state:
-                state["step"] += 1
+        for step, grad in enumerate(grads):
+            update, state = kept.step(grad, torch.zeros(n).double(), state, step > 0)
             want_update, want = rule.update(theta, grad, torch.zeros(n).double(), want)
             torch.testing.assert_close(update, want_update, rtol=1e-10, atol=1e-13)
         for name, value in want.items():
             torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-13)
+        again = begun(rule, theta, n, count)
+        assert all(torch.equal(before[name], value) for name, value in again.items())
         found = kept.backward(loss_grads)
         reference = UpdateRule.backward(rule, theta, grads, torch.zeros(n).double(), before, loss_grads)
         assert found.keys() == reference.keys()
         for name, value in reference.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11 * max(1.0, float(value.abs().max())))
         assert tapes[torch.float64] is kept._tape
+
+
+@pytest.mark.usefixtures("tapes")
+@pytest.mark.parametrize("left_out", [(), (0, 3, 39)])
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_kept_steps_go_back_one_by_one(rule, num_steps, left_out):
+    """As autograd does, with cotangents of their own for every step; what is left out may be anything."""
+    n, theta = 40, random_theta(rule, 0)
+    before, grads, params = begun(rule, theta, n, "own"), gradients(n, num_steps=num_steps), torch.zeros(n).double()
+    generator = torch.Generator().manual_seed(7)
+    d_update = torch.randn(num_steps, n, generator=generator).double()
+    d_end = {name: torch.randn(value.shape, generator=generator).double() for name, value in before.items()}
+    columns = torch.zeros(n, dtype=torch.bool)
+    columns[list(left_out)] = True
+    bad = grads.clone()
+    bad[:, columns] = torch.nan
+    kept = KeptSteps(rule, theta, n, num_steps)
+    state, plain, states = before, before, []
+    for step in range(num_steps):
+        _, state = kept.step(bad[step], params, state, False)
+        states.append(plain)
+        _, plain = rule.update(theta, grads[step], params, plain)
+    kept.leave_out(columns)
+    d_update[:, columns] = 0.0
+    for value in d_end.values():
+        value[..., columns] = 0.0
+    d_state, want_state = dict(d_end), d_end
+    want_theta = {name: torch.zeros_like(value) for name, value in theta.items()}
+    for step in reversed(range(num_steps)):
+        d_grads, d_state = kept.vjp(step, grads[step], states[step], d_update[step], d_state)
+        part, want_grads, _, want_state = UpdateRule.vjp(
+            rule, theta, grads[step], params, states[step], d_update[step], want_state
+        )
+        for name, value in part.items():
+            want_theta[name] += value
+        torch.testing.assert_close(d_grads, want_grads, rtol=1e-9, atol=1e-11, equal_nan=True)
+    assert d_state.keys() == want_state.keys()
+    for name, value in want_state.items():
+        torch.testing.assert_close(d_state[name], value, rtol=1e-9, atol=1e-11, equal_nan=True)
+    found = kept.finish()
+    assert found.keys() == theta.keys()
+    for name, value in want_theta.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11 * max(1.0, float(value.abs().max())))
 
 
 @pytest.mark.usefixtures("tapes")

@@ -24,8 +24,9 @@ from learned_opt.distributed import Ranks
 from learned_opt.estimators.base import Estimate, Estimator, Workload
 from learned_opt.meta_loss import MetaLoss
 from learned_opt.particles import Particles, join_states, restart, select_state, start_particles
+from learned_opt.segment import Segment
 from learned_opt.task import Tensors, generator_for
-from learned_opt.unroll import Segment, unroll
+from learned_opt.unroll import unroll
 
 DIFFERENCES = ("plain", "sign", "clip")
 

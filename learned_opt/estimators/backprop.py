@@ -9,6 +9,7 @@ the truncation and memory allows, the unroll keeps the rule's steps, and nothing
 
 Second order is exact: it differentiates the inner gradients too. The unroll keeps what each step started from; going
 backwards, one step at a time is rebuilt with its graph and differentiated, so that memory holds one step's graph only.
+Here, too, the rule's steps are kept where they can be.
 
 With `recompute`, of either order, memory grows with the square root of the truncation: the unroll keeps what every
 √K-th step started from; going backwards, each such block of steps is run again, then differentiated one step at a time.
@@ -21,8 +22,9 @@ they are made of. There is no second order for such a rule on tasks with matrice
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -34,8 +36,12 @@ from learned_opt.estimators.initial import replayed_start_gradient, start_gradie
 from learned_opt.particles import Particles, join_states, rule_part, select_state, snapshot, start_particles
 from learned_opt.rules.base import slice_coordinates
 from learned_opt.rules.context import Context, TensorLayout
+from learned_opt.segment import Segment, Stage
 from learned_opt.task import Tensors
-from learned_opt.unroll import Segment, Stage, unroll
+from learned_opt.unroll import unroll
+
+KeptVJP = Callable[[torch.Tensor, Tensors, torch.Tensor, Tensors], tuple[torch.Tensor, Tensors]]
+"""A kept step's `KeptSteps.vjp`: (grads, state, cotangents of update and state after) to those of grads and state."""
 
 Cotangents = tuple[torch.Tensor, torch.Tensor, Tensors]
 """Derivatives of later meta-losses with respect to the (params, grads, rule state) that a step starts from."""
@@ -102,8 +108,7 @@ class TruncatedBackprop(Estimator):
             value, grads, segment = self._in_blocks(work, theta, state)
         else:
             by_replay = self.order == 1 and not work.rule.turns(work.batched.shapes)
-            wanted = "stages" if not by_replay else "steps" if self.chunk_size is None else "gradients"
-            segment = self._unroll(work, theta, state, work.truncation, wanted)
+            segment = self._unroll(work, theta, state, work.truncation, "gradients" if by_replay else "stages")
             value, weights = work.meta_loss.weights(segment.losses, segment.initial, segment.valid, work.ranks.sum)
             grads = (self._replay if by_replay else self._step_by_step)(work, theta, segment, weights)
         return Estimate(
@@ -133,7 +138,15 @@ class TruncatedBackprop(Estimator):
     ) -> Segment:
         initial = work.initial_params(theta)
         return unroll(
-            work.rule, theta, work.batched, work.plan, state, num_steps, record=record, initial_params=initial
+            work.rule,
+            theta,
+            work.batched,
+            work.plan,
+            state,
+            num_steps,
+            record=record,
+            keep_steps=record != "nothing" and self.chunk_size is None,
+            initial_params=initial,
         )
 
     @torch.no_grad()
@@ -142,11 +155,13 @@ class TruncatedBackprop(Estimator):
         total = {name: torch.zeros_like(value) for name, value in theta.items()}
         theta, size = rule_part(theta), work.batched.num_parameters
         runs = segment.runs
-        if segment.kept is not None and segment.valid.all():
-            total |= segment.kept.backward((segment.outputs * weights[..., None]).flatten(1))
+        if segment.kept is not None:
+            loss_grads = segment.outputs * weights[..., None]
+            if not segment.valid.all():
+                loss_grads = torch.where(segment.valid[:, None], loss_grads, 0.0)
+                segment.kept.leave_out((~segment.valid).repeat_interleave(size))
+            total |= segment.kept.backward(loss_grads.flatten(1))
             runs = []
-        elif segment.kept is not None:
-            segment.kept.give_back()  # it holds what is not finite, which a replay leaves out
         for run in runs:
             columns = slice(None) if run.columns is None else run.columns
             steps = slice(run.start, run.stop)
@@ -220,13 +235,19 @@ class TruncatedBackprop(Estimator):
         later: Cotangents | None,
     ) -> Cotangents | None:
         """Differentiate the segment's steps, the last first; `later` is what comes from the steps behind them."""
-        theta = rule_part(theta)
+        theta, kept = rule_part(theta), segment.kept
+        if kept is not None and not valid.all():
+            kept.leave_out((~valid).repeat_interleave(work.batched.num_parameters))
         for step in reversed(range(len(segment.stages))):
-            later = self._one_step_back(work, theta, total, segment.stages[step], weights[step], later, valid)
+            taken = None if kept is None else functools.partial(kept.vjp, step)
+            later = self._one_step_back(work, theta, total, segment.stages[step], weights[step], later, valid, taken)
             if step in segment.starts:
                 total[work.initial] += start_gradient(
                     work.batched, segment.starts[step], later[0], later[1] if self.order == 2 else None, valid
                 )
+        if kept is not None:
+            for name, value in kept.finish().items():
+                total[name] += value
         return later
 
     def _one_step_back(
@@ -238,10 +259,11 @@ class TruncatedBackprop(Estimator):
         weight: torch.Tensor,
         later: Cotangents | None,
         valid: torch.Tensor,
+        taken: KeptVJP | None,
     ) -> Cotangents:
         """Differentiate one inner step: adds to `total`, returns the cotangents of what was before it.
 
-        These are (params, grads, rule state).
+        These are (params, grads, rule state). With `taken`, the rule's step was kept, and adds up what theta gets.
         """
         batched = work.batched
 
@@ -276,6 +298,10 @@ class TruncatedBackprop(Estimator):
             # What is linear in the gradients is as constant as they are: no derivative follows it through the turn.
             d_state |= {name: torch.zeros_like(state[name]) for name in work.rule.linear_state}
             grads, d_update = stage.turns.gradients(grads), stage.turns.into(d_update)
+        shape = stage.params.shape
+        if taken is not None:
+            d_taken, d_before = taken(grads.reshape(-1), state, d_update.reshape(-1), d_state)
+            return d_params, d_taken.view(shape), d_before
         d_theta, d_grads, d_through_rule, d_before = work.rule.vjp(
             theta,
             grads.reshape(-1),
@@ -287,7 +313,6 @@ class TruncatedBackprop(Estimator):
         )
         for name, value in d_theta.items():
             total[name] += value
-        shape = stage.params.shape
         return d_params + d_through_rule.view(shape), d_grads.view(shape), d_before
 
 

@@ -31,8 +31,9 @@ from learned_opt.estimators.table import SINGLE, make
 from learned_opt.particles import Particles, columns_of, join_states, select_state, start_particles
 from learned_opt.rules.base import UpdateRule, fitting_chunk, slice_coordinates
 from learned_opt.rules.context import TensorLayout, told
+from learned_opt.segment import Run, Segment
 from learned_opt.task import Tensors
-from learned_opt.unroll import Run, Segment, unroll
+from learned_opt.unroll import unroll
 
 POLICIES = ("off", "on")
 

@@ -12,7 +12,7 @@ import torch
 
 from learned_opt.batched import BatchedFamily
 from learned_opt.particles import Start
-from learned_opt.unroll import Segment
+from learned_opt.segment import Segment
 
 
 def replayed_start_gradient(segment: Segment, weights: torch.Tensor) -> torch.Tensor:

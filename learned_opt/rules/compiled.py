@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -114,26 +115,52 @@ class CompiledRule(UpdateRule):
             return native.unflatten(flat, self.names, theta), d_grads, torch.zeros_like(params), d_state
         if kernel is None and type(self).torch_network_vjp is CompiledRule.torch_network_vjp:
             return super().vjp(theta, grads, params, state, d_update, d_state, layout)
+        d_before = {name: d_state[name] for name in NETWORK_STATE if name in d_state}
+
+        def network(rows: torch.Tensor, active: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+            if kernel is None:
+                return self.torch_network_vjp(weights, rows, active, state, d_update, d_before)
+            flat, d_rows = kernel.vjp(
+                native.flatten(theta, self.names),
+                self.native_inputs,
+                self.native_scale,
+                rows,
+                active,
+                state,
+                d_update,
+                d_before,
+            )
+            return native.unflatten(flat, self.names, theta), d_rows
+
+        d_theta, d_grads, d_averages = self.vjp_before(network, grads, state, d_state, layout)
+        d_all = {**d_before, **d_averages}
+        return d_theta, d_grads, torch.zeros_like(params), {name: d_all[name] for name in state}
+
+    def vjp_before(
+        self,
+        network: Callable[[torch.Tensor, torch.Tensor], tuple[Tensors, torch.Tensor]],
+        grads: torch.Tensor,
+        state: Tensors,
+        d_state: Tensors,
+        layout: TensorLayout | None = None,
+    ) -> tuple[Tensors, torch.Tensor, Tensors]:
+        """The way back through what is before the network.
+
+        Args:
+            network: the network's part, from its rows [rows, n] and who may move [n] to (derivatives for theta, those
+                for the rows).
+            grads, state, layout: what the step was given.
+            d_state: cotangents of the state after the step.
+
+        Returns:
+            (Derivatives for theta, for the gradients, and for the state that is not the network's.)
+        """
         grads = grads.detach().requires_grad_()
         averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in NETWORK_STATE}
         with torch.enable_grad():
             rows, after, active = self.native_rows(grads, averages, layout)
-        d_before = {name: d_state[name] for name in NETWORK_STATE if name in d_state}
         with torch.no_grad():
-            if kernel is None:
-                d_theta, d_rows = self.torch_network_vjp(weights, rows.detach(), active, state, d_update, d_before)
-            else:
-                flat, d_rows = kernel.vjp(
-                    native.flatten(theta, self.names),
-                    self.native_inputs,
-                    self.native_scale,
-                    rows.detach(),
-                    active,
-                    state,
-                    d_update,
-                    d_before,
-                )
-                d_theta = native.unflatten(flat, self.names, theta)
+            d_theta, d_rows = network(rows.detach(), active)
         d_grads, *d_averages = torch.autograd.grad(
             [rows, *after.values()],
             [grads, *averages.values()],
@@ -141,8 +168,7 @@ class CompiledRule(UpdateRule):
             allow_unused=True,
             materialize_grads=True,
         )
-        d_all = {**d_before, **dict(zip(averages, d_averages))}
-        return d_theta, d_grads, torch.zeros_like(params), {name: d_all[name] for name in state}
+        return d_theta, d_grads, dict(zip(averages, d_averages))
 
     def torch_network_vjp(
         self,

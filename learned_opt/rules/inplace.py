@@ -5,7 +5,6 @@ They give the same numbers as `UpdateRule.update` to rounding; that stays the de
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,15 @@ from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.context import Context
 from learned_opt.rules.lstm import LSTMRule
-from learned_opt.rules.lstm_inplace import KeptSteps, LSTMSteps
+from learned_opt.rules.lstm_inplace import LSTMSteps
+from learned_opt.rules.lstm_kept import KeptSteps
 from learned_opt.task import Tensors
 
 Scratch = dict[str, Any]
 """Buffers that one thread reuses from chunk to chunk; start with an empty dict for each theta."""
 
+Kept = KeptSteps
+"""Steps that are kept as they are taken, so that the way back need not take them again."""
 
 Step = Callable[[torch.Tensor, torch.Tensor, Tensors, bool, Context | None], tuple[torch.Tensor, Tensors]]
 """(grads [n], params [n], state, whether the state's memory may be used for the new one, context) to (update [n], new
@@ -64,30 +66,13 @@ def stepper(rule: UpdateRule, theta: Tensors, num_sets: int = 1) -> Step | None:
     return _torch_step(LSTMSteps(rule, theta, num_sets)) if isinstance(rule, LSTMRule) else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """Steps that are kept as they are taken, so that the way back need not take them again.
-
-    Attributes:
-        step: takes one, like that of `stepper`. Until the last one is taken, of the state only what the rule's inputs
-            are made of can be relied on.
-        backward: loss_grads [steps, n] to what `UpdateRule.backward` returns of the steps; once.
-        give_back: lets go of the memory, where there is no way back.
-    """
-
-    step: Step
-    backward: Callable[[torch.Tensor], Tensors]
-    give_back: Callable[[], None]
-
-
 def keeper(rule: UpdateRule, theta: Tensors, num_coordinates: int, num_steps: int) -> Kept | None:
     """Room for exactly so many steps; None where taking them again is faster, or where they take too much memory."""
     if not isinstance(rule, LSTMRule) or rule.native_kernel(theta) is not None:
         return None
     if num_coordinates > rule.network.most_coordinates(num_steps):
         return None
-    steps = KeptSteps(rule, theta, num_coordinates, num_steps)
-    return Kept(_torch_step(steps), steps.backward, steps.give_back)
+    return KeptSteps(rule, theta, num_coordinates, num_steps)
 
 
 def _torch_step(steps: Callable[[torch.Tensor, Tensors], torch.Tensor]) -> Step:

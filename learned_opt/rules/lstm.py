@@ -205,15 +205,18 @@ class LSTMRule(CompiledRule):
         """`backward` over steps that a tape holds; active: [steps, n], who could move."""
         # The derivative with respect to update t collects every later loss: p_{s+1} contains update t for all s ≥ t.
         cotangents = loss_grads.flip(0).cumsum(0).flip(0)
-        d_out = self._d_readouts(tape, cotangents * self.config.output_scale * active)
-        shape = (tape.network.num_layers, tape.network.size, d_out.shape[1])
-        return lstm_torch.backward(theta, tape, d_out, d_out.new_zeros(shape), d_out.new_zeros(shape), False)[0]
+        way = lstm_torch.WayBack(theta, tape, wants_inputs=False)
+        d_reads = self.d_readouts(tape.readouts, cotangents, active)
+        for step in reversed(range(tape.num_steps)):
+            way.step(step, d_reads[step])
+        return way.theta()
 
-    def _d_readouts(self, tape: lstm_tape.Tape, d_out: torch.Tensor) -> torch.Tensor:
-        """Cotangents [steps, n] of the read-outs, from those behind the tanh, if there is one."""
+    def d_readouts(self, readouts: torch.Tensor, d_update: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        """Cotangents [..., n] of the read-outs [..., blocks, 1, width], from those of the updates."""
+        d_out = d_update * self.config.output_scale * active
         if not self.config.output_tanh:
             return d_out
-        return torch.ops.aten.tanh_backward(d_out, tape.readouts.view_as(d_out).tanh())
+        return torch.ops.aten.tanh_backward(d_out, readouts.view_as(d_out).tanh())
 
     def torch_network_vjp(
         self,
@@ -224,20 +227,20 @@ class LSTMRule(CompiledRule):
         d_update: torch.Tensor,
         d_before: Tensors,
     ) -> tuple[Tensors, torch.Tensor]:
-        d_out = d_update * self.config.output_scale * active
         total = {name: torch.zeros_like(value) for name, value in theta.items()}
         d_rows = torch.empty_like(rows)
         size = self.backward_chunk(theta, 1)
-        for start in range(0, len(d_out), size):
+        for start in range(0, len(d_update), size):
             part = slice(start, start + size)
             before = (state["hidden"][..., part], state["cell"][..., part])
             tape = lstm_torch.run(self.network, theta, rows[None, :, part], *before)
-            end = (d_before["hidden"][..., part], d_before["cell"][..., part])
-            d_reads = self._d_readouts(tape, d_out[None, part])
-            found, d_part = lstm_torch.backward(theta, tape, d_reads, *end, wants_inputs=True)
+            way = lstm_torch.WayBack(theta, tape, wants_inputs=True)
+            way.begin(d_before["hidden"][..., part], d_before["cell"][..., part])
+            d_part = way.step(0, self.d_readouts(tape.readouts[0], d_update[part], active[part]))
             assert d_part is not None
-            d_rows[:, part] = d_part[0]
-            lstm_tape.give_back(tape)
-            for name, value in found.items():
+            d_rows[:, part] = d_part
+            d_before["hidden"][..., part], d_before["cell"][..., part] = way.end()
+            for name, value in way.theta().items():
                 total[name] += value
+            lstm_tape.give_back(tape)
         return total, d_rows

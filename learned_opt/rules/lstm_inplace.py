@@ -15,7 +15,7 @@ import torch
 from learned_opt.rules.base import fitting_chunk, slice_coordinates
 from learned_opt.rules.features import NUM_FEATURES, bias_correction, log_and_sign
 from learned_opt.rules.lstm import LSTMRule
-from learned_opt.rules.lstm_tape import Place, Tape, give_back, lend
+from learned_opt.rules.lstm_tape import Place, Tape
 from learned_opt.rules.lstm_torch import advance, doubled_candidates, for_blocks, product, with_bias
 from learned_opt.task import Tensors
 
@@ -197,33 +197,3 @@ class LSTMSteps:
     def _blocks(most: int) -> tuple[int, int]:
         """(blocks, coordinates of each) for as many as there may be in a part."""
         return (_BLOCKS, most // _BLOCKS) if most >= _BLOCKS * _LEAST else (1, most)
-
-
-class KeptSteps:
-    """Steps of one theta that are kept, so that the way back need not take them again.
-
-    Args:
-        rule: the update rule.
-        theta: its meta-parameters.
-        num_coordinates, num_steps: how many of each there will be.
-    """
-
-    def __init__(self, rule: LSTMRule, theta: Tensors, num_coordinates: int, num_steps: int) -> None:
-        self._rule, self._theta = rule, theta
-        self._tape = tape = lend(rule.network, theta["output.bias"], num_steps, num_coordinates)
-        self._step = LSTMStep(rule, theta, tape.num_blocks, tape.width, tape)
-
-    def __call__(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
-        """One step, as of `LSTMSteps`; the state's "hidden" and "cell" are written by the last one."""
-        return self._step(grads, state)
-
-    def backward(self, loss_grads: torch.Tensor) -> Tensors:
-        """`UpdateRule.backward` of the steps that were taken; once."""
-        active = torch.stack(self._step.active).flatten(1)
-        total = self._rule.backward_over(self._theta, self._tape, active, loss_grads)
-        self.give_back()
-        return total
-
-    def give_back(self) -> None:
-        """Let go of what was kept."""
-        give_back(self._tape)

@@ -51,8 +51,7 @@ class Place:
         before, above: where it finds its last hidden state, and where it puts the new one.
         old, new: its cells before and after; None where the state's own are overwritten.
         after: where a copy of the new hidden state goes, if anywhere.
-        sigmoids: the gates but for the candidate; None without a way back, like what follows.
-        rows: `joint` but for the ones.
+        sigmoids: the gates but for the candidate; None without a way back.
     """
 
     joint: torch.Tensor
@@ -64,11 +63,10 @@ class Place:
     new: torch.Tensor | None = None
     after: torch.Tensor | None = None
     sigmoids: torch.Tensor | None = None
-    rows: torch.Tensor | None = None
 
 
 class Tape:
-    """What `lstm_torch.backward` needs of some steps of the network, on coordinates in blocks of one width.
+    """What `lstm_torch.WayBack` needs of some steps of the network, on coordinates in blocks of one width.
 
     Args:
         sizes: the network, and numbers of steps, of blocks, and of coordinates of each.
@@ -128,13 +126,19 @@ class Tape:
             cells[1:],
             copies,
             gates[:, :, : 3 * size],
-            joined[:, :, :-1],
         )
         return [Place(*row) for row in rows]
 
     def recurrent(self, layer: int) -> torch.Tensor:
         """[steps + 1, blocks, hidden, width], a layer's hidden state before the first step and after each."""
         return self.joined[layer][:, :, -self.network.size - 1 : -1]
+
+    def clear(self, columns: torch.Tensor) -> None:
+        """Put zeros where coordinates, a mask [n], are not to count: what stands there may be NaN."""
+        mask = columns.view(self.num_blocks, 1, self.width)
+        ones = [*([] if self.features is None else [self.features]), *self.joined]
+        for rows in (*[rows[:, :, :-1] for rows in ones], *self.gates, *self.cells, self.readouts):
+            rows.masked_fill_(mask, 0.0)
 
     def in_blocks(self, rows: torch.Tensor) -> torch.Tensor:
         """[…, rows, n] viewed as […, blocks, rows, width]."""

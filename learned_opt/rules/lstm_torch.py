@@ -90,80 +90,114 @@ def run(network: Network, theta: Tensors, inputs: torch.Tensor, hidden: torch.Te
     return tape
 
 
-def backward(
-    theta: Tensors,
-    tape: Tape,
-    d_out: torch.Tensor,
-    d_hidden: torch.Tensor,
-    d_cell: torch.Tensor,
-    wants_inputs: bool,
-) -> tuple[Tensors, torch.Tensor | None]:
-    """Derivatives of some steps.
+class WayBack:
+    """Goes back over the steps of a tape, which stays as it is, the last step first.
 
     Args:
-        theta: what they were taken with.
-        tape: what they left behind; overwritten.
-        d_out: cotangents of the read-outs [steps, n].
-        d_hidden, d_cell: cotangents of the state after the last step, [layers, hidden, n]; overwritten with those of
-            the state before the first.
-        wants_inputs: whether to compute the derivative with respect to the inputs.
-
-    Returns:
-        (derivatives for every tensor of theta, [steps, rows, n] for the inputs or None; valid until the tape is given
-        back).
+        theta: what the steps were taken with.
+        tape: what they left behind.
+        wants_inputs: whether derivatives with respect to the inputs are wanted, too.
     """
-    network, size, num_blocks = tape.network, tape.network.size, tape.num_blocks
-    sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-    tanh_backward = torch.ops.aten.tanh_backward.grad_input
-    out: Tensors = {}
-    d_reads = d_out.view(tape.readouts.shape)
-    both = torch.matmul(tape.tops, d_reads.transpose(2, 3)).sum((0, 1))
-    out["output.weight"], out["output.bias"] = both[:-1].view(1, size), both[-1]
-    output = theta["output.weight"].view(size, 1)
-    dense = tape.joined[0][:-1, :, : network.dense_units].clone() if network.dense_units else None
-    minus_one = d_out.new_full((), -1.0)
-    flat, curve = torch.empty_like(tape.gates[0][0]), torch.empty_like(tape.cells[0][0])
-    slope, sigmoids = torch.empty_like(curve), flat[:, : 3 * size]
-    flat_turned = flat.transpose(1, 2)
-    d_i, d_f, d_o, d_candidate = flat.unflatten(1, (4, size)).unbind(1)
-    for layer in reversed(range(network.num_layers)):
-        weight, width = theta[f"lstm.{layer}.weight"], network.widths[layer]
-        below = layer > 0 or dense is not None or wants_inputs
-        back = for_blocks((weight if below else weight[:, width:]).t().contiguous(), num_blocks)
-        total = d_out.new_zeros(num_blocks, width + size + 1, 4 * size)
-        later, d_c = tape.in_blocks(d_hidden[layer]), tape.in_blocks(d_cell[layer])
-        is_top = layer + 1 == network.num_layers
-        for place, d_read in reversed(list(zip(tape.places[layer], d_reads))):
-            i, f, o, candidate = place.parts
-            if is_top:
-                later.addcmul_(output, d_read)
-            else:
-                later.add_(place.above)  # where the layer above left the derivative with respect to its inputs
-            torch.add(place.new, place.new, out=curve).sigmoid_()
-            torch.add(minus_one, curve, alpha=2, out=curve)
-            torch.mul(later, curve, out=d_o)
-            torch.mul(later, o, out=slope)
-            d_c.add_(tanh_backward(slope, curve, grad_input=slope))
-            torch.mul(d_c, candidate, out=d_i)
-            torch.mul(d_c, place.old, out=d_f)
-            torch.mul(d_c, i, out=d_candidate)
-            d_c.mul_(f)
-            sigmoid_backward(sigmoids, place.sigmoids, grad_input=sigmoids)
-            tanh_backward(d_candidate, candidate, grad_input=d_candidate)
-            _add_product(total, place.joint, flat_turned)
-            product(back, flat, place.rows if below else place.before)
-            later = place.before
-        tape.in_blocks(d_hidden[layer]).copy_(later)
-        whole = total.sum(0)
-        out[f"lstm.{layer}.weight"], out[f"lstm.{layer}.bias"] = whole[:-1].t(), whole[-1]
-    d_inputs = tape.joined[0][:-1, :, : network.widths[0]]
-    if dense is not None and tape.features is not None:
-        d_dense = torch.ops.aten.elu_backward(d_inputs, 1.0, 1.0, 1.0, True, dense)
-        whole = torch.matmul(d_dense, tape.features.transpose(2, 3)).sum((0, 1))
-        out["dense.weight"], out["dense.bias"] = whole[:, :-1], whole[:, -1]
-        d_inputs = torch.matmul(theta["dense.weight"].t(), d_dense) if wants_inputs else d_inputs
-    found = {name: out[name] for name in theta}
-    return found, d_inputs.transpose(1, 2).flatten(2) if wants_inputs else None
+
+    def __init__(self, theta: Tensors, tape: Tape, wants_inputs: bool) -> None:
+        network, size, num_blocks = tape.network, tape.network.size, tape.num_blocks
+        like = tape.memory
+        self._theta, self._tape, self._wants_inputs = theta, tape, wants_inputs
+        self._output = theta["output.weight"].view(size, 1)
+        self._minus_one = like.new_full((), -1.0)
+        self._d_reads = torch.empty_like(tape.readouts)
+        self._dense = with_bias(theta, "dense") if network.dense_units else None
+        self._dense_total = like.new_zeros(network.dense_units, network.rows + 1)
+        self._weights, self._totals, self._below, self._later, self._joint, self._d_cells = [], [], [], [], [], []
+        for layer, width in enumerate(network.widths):
+            weight = theta[f"lstm.{layer}.weight"]
+            below = width if layer or network.dense_units or wants_inputs else 0
+            self._weights.append(for_blocks(weight[:, width - below :].t().contiguous(), num_blocks))
+            self._totals.append(like.new_zeros(num_blocks, width + size + 1, 4 * size))
+            joint = like.new_zeros(num_blocks, below + size, tape.width)
+            self._joint.append(joint)
+            self._below.append(joint[:, :below])
+            self._later.append(joint[:, below:])
+            self._d_cells.append(like.new_zeros(num_blocks, size, tape.width))
+        self._flat, self._curve = torch.empty_like(tape.gates[0][0]), torch.empty_like(tape.cells[0][0])
+        self._slope = torch.empty_like(self._curve)
+        self._parts = self._flat.unflatten(1, (4, size)).unbind(1)
+
+    def begin(self, d_hidden: torch.Tensor, d_cell: torch.Tensor) -> None:
+        """Cotangents of the state after the last step, [layers, hidden, n]; zero where this is not called."""
+        for layer in range(self._tape.network.num_layers):
+            self._later[layer].copy_(self._tape.in_blocks(d_hidden[layer]))
+            self._d_cells[layer].copy_(self._tape.in_blocks(d_cell[layer]))
+
+    def step(self, index: int, d_out: torch.Tensor) -> torch.Tensor | None:
+        """One step.
+
+        Args:
+            index: its place on the tape: one less than the last time.
+            d_out: cotangents of the read-outs [n].
+
+        Returns:
+            Derivatives with respect to the inputs [rows, n], if they are wanted; a view, valid until the next step.
+        """
+        tape, size = self._tape, self._tape.network.size
+        d_read = self._d_reads[index].copy_(d_out.view(tape.num_blocks, 1, tape.width))
+        self._later[-1].addcmul_(self._output, d_read)
+        for layer in reversed(range(tape.network.num_layers)):
+            place, later, d_cell = tape.places[layer][index], self._later[layer], self._d_cells[layer]
+            if layer + 1 < tape.network.num_layers:
+                later.add_(self._below[layer + 1])
+            self._gates_back(place, later, d_cell, size)
+            _add_product(self._totals[layer], place.joint, self._flat.transpose(1, 2))
+            product(self._weights[layer], self._flat, self._joint[layer])
+        d_inputs = self._below[0]
+        if tape.features is not None:
+            assert self._dense is not None
+            activated = tape.joined[0][index, :, : tape.network.dense_units]
+            d_inputs = torch.ops.aten.elu_backward(d_inputs, 1.0, 1.0, 1.0, True, activated)
+            self._dense_total += torch.matmul(d_inputs, tape.features[index].transpose(1, 2)).sum(0)
+            if self._wants_inputs:
+                d_inputs = torch.matmul(self._dense[:, :-1].t(), d_inputs)
+        return d_inputs.transpose(0, 1).flatten(1) if self._wants_inputs else None
+
+    def _gates_back(self, place: Place, later: torch.Tensor, d_cell: torch.Tensor, size: int) -> None:
+        """From a layer's hidden state and cell to its gates (in the scratch) and to the cell before."""
+        sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+        tanh_backward = torch.ops.aten.tanh_backward.grad_input
+        assert place.old is not None and place.new is not None
+        i, f, o, candidate = place.parts
+        d_i, d_f, d_o, d_candidate = self._parts
+        curve, slope, sigmoids = self._curve, self._slope, self._flat[:, : 3 * size]
+        torch.add(place.new, place.new, out=curve).sigmoid_()
+        torch.add(self._minus_one, curve, alpha=2, out=curve)
+        torch.mul(later, curve, out=d_o)
+        torch.mul(later, o, out=slope)
+        d_cell.add_(tanh_backward(slope, curve, grad_input=slope))
+        torch.mul(d_cell, candidate, out=d_i)
+        torch.mul(d_cell, place.old, out=d_f)
+        torch.mul(d_cell, i, out=d_candidate)
+        d_cell.mul_(f)
+        sigmoid_backward(sigmoids, place.sigmoids, grad_input=sigmoids)
+        tanh_backward(d_candidate, candidate, grad_input=d_candidate)
+
+    def end(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cotangents of the state before the step that was taken last: two [layers, hidden, n]."""
+
+        def rows(blocks: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack([block.transpose(0, 1).flatten(1) for block in blocks])
+
+        return rows(self._later), rows(self._d_cells)
+
+    def theta(self) -> Tensors:
+        """Derivatives for every tensor of theta, once every step of the tape has been taken."""
+        out: Tensors = {}
+        both = torch.matmul(self._tape.tops, self._d_reads.transpose(2, 3)).sum((0, 1))
+        out["output.weight"], out["output.bias"] = both[:-1].view(1, -1), both[-1]
+        for layer, total in enumerate(self._totals):
+            whole = total.sum(0)
+            out[f"lstm.{layer}.weight"], out[f"lstm.{layer}.bias"] = whole[:-1].t(), whole[-1]
+        if self._dense is not None:
+            out["dense.weight"], out["dense.bias"] = self._dense_total[:, :-1], self._dense_total[:, -1]
+        return {name: out[name] for name in self._theta}
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
