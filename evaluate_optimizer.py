@@ -122,8 +122,15 @@ class Plan:
 
 
 def parse(argv: Sequence[str]) -> Arguments:
-    """The command line."""
+    """The command line.
+
+    Raises:
+        ValueError: an option that takes one or more values was given none.
+    """
     arguments = tyro.cli(Arguments, args=list(argv))
+    for name in ("families", "horizons", "baselines"):
+        if f"--{name}" in argv and not getattr(arguments, name):
+            raise ValueError(f"--{name} was given no value; name at least one, or leave it out for the default")
     if arguments.wandb:
         tracking = dataclasses.replace(arguments.tracking, mode=cast(Mode, arguments.wandb))
         arguments = dataclasses.replace(arguments, tracking=tracking)

@@ -159,6 +159,9 @@ def test_no_cache(command, weights, tmp_path):
     [
         (["mine.safetensors", "--suite", "tests"], "suite must be one of train, validation"),
         (["mine.safetensors", "--families", "quadratc"], "unknown task family 'quadratc'; did you mean quadratic"),
+        (["mine.safetensors", "--families"], "--families was given no value; name at least one, or leave it out"),
+        (["mine.safetensors", "--baselines", "--suite", "test"], "--baselines was given no value"),
+        (["mine.safetensors", "--horizons"], "--horizons was given no value"),
         (["mine.safetensors", "--families", "bad.yaml"], "unknown task family 'nothing'"),
         (["mine.safetensors", "--families", "list.yaml"], "list.yaml must hold a mapping of labels to families"),
         (["mine.safetensors", "--families", "broken.yaml"], "broken.yaml is not valid YAML"),
