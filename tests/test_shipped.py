@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +119,10 @@ def test_with_nothing_tuned_the_default_beats_adam_at_its_default_rate():
             loss.backward()
             adam.step()
         assert learned < loss.item()
+
+
+def test_weights_of_variants_are_those_that_were_measured():
+    folder = Path(__file__).parent.parent / "benchmarks"
+    measured = json.loads((folder / "results" / "suite_test_signal_seeds.json").read_text())["optimizers"]
+    files = {path.stem.removeprefix("signal_"): path for path in (folder / "weights").iterdir()}
+    assert {name: learned_opt.load_artifact(path).identity for name, path in files.items()} == measured
