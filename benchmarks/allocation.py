@@ -2,9 +2,9 @@
 
     python -m benchmarks.allocation --out benchmarks/results/allocation.json
 
-Losses and gradients of the families that `compact` is meta-trained on, 24 particles at once, as many as a family gets
-in an outer step of it, on one thread; two processes take turns, round after round. Printed are the ratio of their
-times for every family and for all of them together, each family once: medians, and the least and greatest of rounds.
+Losses and gradients of the families that `compact` is meta-trained on, as `benchmarks.suites` measures them: in the
+processor's own time, page faults included, on one thread. Two processes take turns, round after round. Printed is the
+ratio of their times for every family and for all of them together, each once: median, least and greatest of rounds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +23,9 @@ import torch
 import tasks
 from benchmarks.conditions import conditions
 from benchmarks.documents import write
+from benchmarks.suites import seconds_per_step
 from learned_opt.allocation import keep_freed_memory
-from learned_opt.batched import BatchedFamily
 from learned_opt.config import preset
-from learned_opt.particles import EpisodePlan, start_particles
-from learned_opt.unroll import inner_steps
-
-_PARTICLES = 24
-_STEPS = 10
-
-
-def seconds_a_step(batched: BatchedFamily, seconds: float) -> float:
-    """Wall-clock time of one inner step of all particles with a plain update."""
-    particles = start_particles(batched, None, EpisodePlan(split="meta_train", run_seed=0), range(_PARTICLES))
-
-    def run() -> float:
-        start, began = particles.params, time.perf_counter()
-        for _ in inner_steps(batched, particles, _STEPS, lambda params, grads: params - 1e-6 * grads):
-            pass
-        particles.params = start
-        return time.perf_counter() - began
-
-    run()  # until the program is traced
-    times = [run()]
-    while sum(times) < seconds:
-        times.append(run())
-    return float(np.median(times)) / _STEPS
 
 
 def work(kept: bool, seconds: float) -> None:
@@ -57,9 +33,9 @@ def work(kept: bool, seconds: float) -> None:
     torch.set_num_threads(1)
     if kept and not keep_freed_memory():
         raise SystemExit("error: this system's C library cannot be told to keep freed memory")
-    families = {label: BatchedFamily(one) for label, one in tasks.build(preset("compact").families).items()}
+    families = tasks.build(preset("compact").families)
     for _ in sys.stdin:
-        print(json.dumps({label: seconds_a_step(one, seconds) for label, one in families.items()}), flush=True)
+        print(json.dumps({label: seconds_per_step(one, seconds) for label, one in families.items()}), flush=True)
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ class TruncatedBackprop(Estimator):
     Args:
         order: 1 for gradients as constants, 2 for the exact meta-gradient of the truncation.
         chunk_size: coordinates replayed at a time (first order, without recompute); by default what suits the rule.
+            With it the rule's steps are never kept.
         recompute: keep every √truncation-th state and run the steps between them twice: memory grows with the root.
     """
 
@@ -159,7 +160,7 @@ class TruncatedBackprop(Estimator):
             loss_grads = segment.outputs * weights[..., None]
             if not segment.valid.all():
                 loss_grads = torch.where(segment.valid[:, None], loss_grads, 0.0)
-                segment.kept.leave_out((~segment.valid).repeat_interleave(size))
+                segment.kept.leave_out(~segment.valid)
             total |= segment.kept.backward(loss_grads.flatten(1))
             runs = []
         for run in runs:
@@ -237,7 +238,7 @@ class TruncatedBackprop(Estimator):
         """Differentiate the segment's steps, the last first; `later` is what comes from the steps behind them."""
         theta, kept = rule_part(theta), segment.kept
         if kept is not None and not valid.all():
-            kept.leave_out((~valid).repeat_interleave(work.batched.num_parameters))
+            kept.leave_out(~valid)
         for step in reversed(range(len(segment.stages))):
             taken = None if kept is None else functools.partial(kept.vjp, step)
             later = self._one_step_back(work, theta, total, segment.stages[step], weights[step], later, valid, taken)

@@ -116,59 +116,51 @@ class CompiledRule(UpdateRule):
         if kernel is None and type(self).torch_network_vjp is CompiledRule.torch_network_vjp:
             return super().vjp(theta, grads, params, state, d_update, d_state, layout)
         d_before = {name: d_state[name] for name in NETWORK_STATE if name in d_state}
-
-        def network(rows: torch.Tensor, active: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        rows, active, pull = self.pullable_rows(grads, state, layout)
+        with torch.no_grad():
             if kernel is None:
-                return self.torch_network_vjp(weights, rows, active, state, d_update, d_before)
-            flat, d_rows = kernel.vjp(
-                native.flatten(theta, self.names),
-                self.native_inputs,
-                self.native_scale,
-                rows,
-                active,
-                state,
-                d_update,
-                d_before,
-            )
-            return native.unflatten(flat, self.names, theta), d_rows
-
-        d_theta, d_grads, d_averages = self.vjp_before(network, grads, state, d_state, layout)
+                d_theta, d_rows = self.torch_network_vjp(weights, rows, active, state, d_update, d_before)
+            else:
+                flat, d_rows = kernel.vjp(
+                    native.flatten(theta, self.names),
+                    self.native_inputs,
+                    self.native_scale,
+                    rows,
+                    active,
+                    state,
+                    d_update,
+                    d_before,
+                )
+                d_theta = native.unflatten(flat, self.names, theta)
+        d_grads, d_averages = pull(d_rows, d_state)
         d_all = {**d_before, **d_averages}
         return d_theta, d_grads, torch.zeros_like(params), {name: d_all[name] for name in state}
 
-    def vjp_before(
-        self,
-        network: Callable[[torch.Tensor, torch.Tensor], tuple[Tensors, torch.Tensor]],
-        grads: torch.Tensor,
-        state: Tensors,
-        d_state: Tensors,
-        layout: TensorLayout | None = None,
-    ) -> tuple[Tensors, torch.Tensor, Tensors]:
-        """The way back through what is before the network.
-
-        Args:
-            network: the network's part, from its rows [rows, n] and who may move [n] to (derivatives for theta, those
-                for the rows).
-            grads, state, layout: what the step was given.
-            d_state: cotangents of the state after the step.
+    def pullable_rows(
+        self, grads: torch.Tensor, state: Tensors, layout: TensorLayout | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor, Tensors], tuple[torch.Tensor, Tensors]]]:
+        """What is before the network, and the way back through it.
 
         Returns:
-            (Derivatives for theta, for the gradients, and for the state that is not the network's.)
+            (the network's rows [rows, n], who may move [n], a function of the cotangents of the rows and of the state
+            after the step: those of the gradients, and of the state before that is not the network's).
         """
         grads = grads.detach().requires_grad_()
         averages = {n: v.detach().requires_grad_() for n, v in state.items() if n not in NETWORK_STATE}
         with torch.enable_grad():
             rows, after, active = self.native_rows(grads, averages, layout)
-        with torch.no_grad():
-            d_theta, d_rows = network(rows.detach(), active)
-        d_grads, *d_averages = torch.autograd.grad(
-            [rows, *after.values()],
-            [grads, *averages.values()],
-            [d_rows, *(d_state[name] for name in after)],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return d_theta, d_grads, dict(zip(averages, d_averages))
+
+        def pull(d_rows: torch.Tensor, d_state: Tensors) -> tuple[torch.Tensor, Tensors]:
+            d_grads, *d_averages = torch.autograd.grad(
+                [rows, *after.values()],
+                [grads, *averages.values()],
+                [d_rows, *(d_state[name] for name in after)],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            return d_grads, dict(zip(averages, d_averages))
+
+        return rows.detach(), active, pull
 
     def torch_network_vjp(
         self,

@@ -47,8 +47,12 @@ class KeptSteps:
         return update, after
 
     def leave_out(self, columns: torch.Tensor) -> None:
-        """Let coordinates, a mask [n], not count on the way back, whatever became of them; their cotangents are 0."""
-        self._tape.clear(columns)
+        """Let coordinates not count on the way back, whatever became of them; their cotangents are to be 0.
+
+        Args:
+            columns: a mask [P] of equal stretches of the coordinates, one particle's after the other's.
+        """
+        self._tape.clear(columns.repeat_interleave(self._tape.num_blocks * self._tape.width // len(columns)))
 
     def backward(self, loss_grads: torch.Tensor) -> Tensors:
         """`UpdateRule.backward` of the steps that were taken, from loss_grads [steps, n]."""
@@ -74,17 +78,14 @@ class KeptSteps:
         if self._way is None:
             self._way = WayBack(self._theta, self._tape, wants_inputs=True)
             self._way.begin(d_state["hidden"], d_state["cell"])
-        way = self._way
-
-        def network(rows: torch.Tensor, active: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-            d_rows = way.step(index, self._rule.d_readouts(self._tape.readouts[index], d_update, active))
-            assert d_rows is not None
-            return {}, d_rows
-
-        _, d_grads, d_averages = self._rule.vjp_before(network, grads, state, d_state)
+        _, active, pull = self._rule.pullable_rows(grads, state)
+        with torch.no_grad():
+            d_rows = self._way.step(index, self._rule.d_readouts(self._tape.readouts[index], d_update, active))
+        assert d_rows is not None
+        d_grads, d_averages = pull(d_rows, d_state)
         d_before = {**d_state, **d_averages}
         if index == 0:
-            d_before["hidden"], d_before["cell"] = way.end()
+            d_before["hidden"], d_before["cell"] = self._way.end()
         return d_grads, d_before
 
     def finish(self) -> Tensors:
