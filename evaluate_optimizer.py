@@ -36,7 +36,6 @@ except ModuleNotFoundError as missing:
 import tasks
 from learned_opt import __version__
 from learned_opt import config as configuration
-from learned_opt.allocation import keep_freed_memory
 from learned_opt.artifact import Artifact
 from learned_opt.artifact import load as load_artifact_or_shipped
 from learned_opt.evaluation import (
@@ -391,5 +390,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())

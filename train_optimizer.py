@@ -38,7 +38,6 @@ except ModuleNotFoundError as missing:
 import tasks
 from learned_opt import config as configuration
 from learned_opt import distributed, estimators, managed, rules
-from learned_opt.allocation import keep_freed_memory
 from learned_opt.artifact import Artifact, save_artifact
 from learned_opt.artifact import load as load_artifact_or_shipped
 from learned_opt.checkpoints import CheckpointFolder
@@ -363,5 +362,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     sys.exit(main())
