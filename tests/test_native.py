@@ -27,6 +27,8 @@ VARIANTS = {name: (name, {}) for name in rules.RULES if hasattr(rules.get(name),
     "growing": ("mixture", {"growth": 0.2}),
     "told_of_signal": ("mixture", {"growth": 0.2, "signal": True}),
     "hushed": ("mixture", {"growth": 0.2, "signal": True, "loudness": 0.5}),
+    "leaking": ("mixture", {"growth": 0.2, "leak": 0.3}),
+    "hushed_and_leaking": ("mixture", {"growth": 0.2, "leak": 0.2, "signal": True, "loudness": 0.5}),
     "doubting": ("mixture", {"growth": 0.2, "doubt": 0.8}),
     "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 5, "dense_units": 3, "output_tanh": False}),
     "three_layers_log": (

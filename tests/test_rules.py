@@ -34,6 +34,8 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "doubting": ("mixture", {"growth": 0.1, "doubt": 0.9}),
     "told_of_signal": ("mixture", {"growth": 0.1, "signal": True}),
     "hushed": ("mixture", {"growth": 0.1, "signal": True, "loudness": 0.5}),
+    "leaking": ("mixture", {"growth": 0.1, "leak": 0.3}),
+    "hushed_and_leaking": ("mixture", {"growth": 0.1, "leak": 0.2, "signal": True, "loudness": 0.5}),
     "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
 N, STEPS = 11, 6
@@ -574,6 +576,27 @@ def test_steps_grow_the_less_the_quieter_gradients_are():
     assert max(grown(-0.8, 1.0)) < -0.02 and grown(-0.8, 0.1) == grown(-0.8, 1.0)  # they shrink as they do
 
 
+def test_a_leak_lets_steps_return_where_nothing_speaks_for_either():
+    """A constant rate r has the fixed point growth·r / (leak·(1 − r²)); none at all lets what has grown decay."""
+    rule = rules.get("paced", growth=0.1, leak=0.05)
+    theta = {name: torch.zeros_like(value) for name, value in rule.init_theta(torch.Generator()).items()}
+    grads = torch.tensor([1.0, -2.0, 3.0])
+
+    def sizes(bias, start, num_steps):
+        theta["output.bias"][-1] = bias
+        state = {**rule.init_state(3), "log_size": torch.full((3,), start)}
+        rows = torch.zeros(rule.num_context, 3)
+        for _ in range(num_steps):
+            state = rule.update(theta, grads, torch.zeros(3), state, rows)[1]
+        return state["log_size"].tolist()
+
+    assert sizes(0.0, 2.0, 40) == pytest.approx([2 * 0.95**40] * 3)
+    assert sizes(0.0, -8.0, 40) == pytest.approx([-8 * 0.95**40] * 3)
+    rate = math.tanh(-0.2)
+    assert sizes(-0.2, 1.0, 500) == pytest.approx([0.1 * rate / (0.05 * (1 - rate**2))] * 3, rel=1e-4)
+    assert sizes(-9.0, 0.0, 200) == [-12.0] * 3  # a clear word is not forgotten
+
+
 def test_agreement_of_sums():
     a, first, second, third = np.array([[2.0, 1.0, -1.0], [1.0, 3.0, 0.0], [0.0, -2.0, 2.0], [-4.0, 0.5, 1.0]])
     pairs = [(a, first), (a, first + second), (a, first + second + third), (first, first + second + third)]
@@ -889,6 +912,9 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("compact", {"dense_units": -1}, "dense_units must be at least 0; got -1"),
         ("compact", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ("compact", {"hidden_size": 0}, "hidden_size must be at least 1; got 0"),
+        ("mixture", {"leak": 0.1}, "leak needs growth: without it steps neither grow nor shrink for good; got 0.1"),
+        ("paced", {"leak": 1.0}, r"leak must lie in \[0, 1\); got 1.0"),
+        ("paced", {"leak": -0.1}, r"leak must lie in \[0, 1\); got -0.1"),
         ("mixture", {"signal": True}, "signal needs growth: .*; give a growth above 0"),
         ("paced", {"signal": True, "loudness": -1.0}, "loudness must be finite and not negative; got -1.0"),
         ("paced", {"loudness": 64.0}, "loudness needs signal: it is told beside it; got 64.0 without; set signal"),

@@ -329,7 +329,7 @@ struct Inputs {
   float eps, range;
   const unsigned char* active;  // [steps, n], GIVEN
   const float* log_size;   // [state_ld], GROWS: what the step has grown or shrunk by
-  float growth, most_grown;  // the most that it changes by in a step, and its upper bound
+  float growth, most_grown, leak;  // the most that it changes by in a step, its upper bound, the share it forgets
   const float* context;    // [steps, CONTEXT, tensors], but for GIVEN; null for zero
   long tensors;
   const int* tensor;       // [n], which tensor a coordinate belongs to; null where there is one
@@ -546,10 +546,12 @@ inline void cell(float* __restrict gates, const float* before, float* after, flo
 // first output is the logarithm of the step's size, held within ±range, the next are the shares of the directions, and
 // with GROWS the last changes log_size, which stays as it is where a coordinate may not move. `size` [WIDTH] is what
 // the mixture is multiplied by. The features' rows lie before the directions. The last row of y is left as the
-// derivative of log_size, and as zero where its bound is met; `by_last` [WIDTH] is the one with respect to the last feature.
+// derivative of log_size, `kept` [WIDTH] is the one with respect to log_size before, and `by_last` [WIDTH] the one with
+// respect to the last feature; all are zero where a bound is met.
 inline void read_out(const Weights& w, const float* top, const float* directions, const Inputs& in, float scale,
                      const float* __restrict active, float* __restrict y, float* __restrict log_size,
-                     float* __restrict by_last, float* __restrict size, float* __restrict update) {
+                     float* __restrict kept, float* __restrict by_last, float* __restrict size,
+                     float* __restrict update) {
   for (int o = 0; o < OUTPUTS; ++o)
     for (int v = 0; v < VECTORS; ++v) {
       Vec sum = splat(w.output_bias[o]);
@@ -570,12 +572,14 @@ inline void read_out(const Weights& w, const float* top, const float* directions
       const float* __restrict loudness = directions - WIDTH;
       for (int j = 0; j < WIDTH; ++j) {
         const float growth = HUSHED && last[j] > 0.0f ? in.growth * loudness[j] : in.growth;
-        const float grown = log_size[j] + growth * last[j];
+        const float before = log_size[j], rate = last[j], curve = 1.0f - rate * rate, keep = 1.0f - in.leak * curve;
+        const float grown = keep * before + growth * rate;
         const float held = grown > in.most_grown ? in.most_grown : grown < -MOST_SHRUNK ? -MOST_SHRUNK : grown;
-        const float slope = growth * (1.0f - last[j] * last[j]);
-        if (HUSHED) by_last[j] = held == grown && last[j] > 0.0f ? in.growth * last[j] : 0.0f;
-        last[j] = held != grown ? 0.0f : slope > 1e-30f ? slope : 1e-30f;  // tells the bound from a flat tanh
-        log_size[j] = active[j] != 0.0f ? held : log_size[j];
+        const bool bound = held != grown;
+        if (HUSHED) by_last[j] = !bound && rate > 0.0f ? in.growth * rate : 0.0f;
+        last[j] = bound ? 0.0f : curve * (growth + 2.0f * in.leak * rate * before);
+        kept[j] = bound ? 0.0f : keep;
+        log_size[j] = active[j] != 0.0f ? held : before;
       }
     }
     for (int i = 0; i < WIDTH; i += LANES) {
@@ -594,7 +598,7 @@ inline void read_out(const Weights& w, const float* top, const float* directions
 struct StepScratch {
   alignas(64) float joined[LAYERS][(WIDEST + HIDDEN) * WIDTH], gates[GATES * WIDTH], cells[HIDDEN * WIDTH],
       tanh_cell[HIDDEN * WIDTH], top[HIDDEN * WIDTH], x[ROWS * WIDTH], active[WIDTH], y[OUTPUTS * WIDTH],
-      log_size[WIDTH], by_last[WIDTH], size[WIDTH], out[WIDTH];
+      log_size[WIDTH], kept[WIDTH], by_last[WIDTH], size[WIDTH], out[WIDTH];
   Averages averages;
 };
 
@@ -635,7 +639,8 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
     }
   }
   if (GROWS) load_row(in.log_size + column, width, s.log_size);
-  read_out(w, s.top, s.x + FEATURES * WIDTH, in, scale, s.active, s.y, s.log_size, s.by_last, s.size, s.out);
+  read_out(w, s.top, s.x + FEATURES * WIDTH, in, scale, s.active, s.y, s.log_size, s.kept, s.by_last, s.size,
+           s.out);
   if (GROWS) store_row(s.log_size, width, after.log_size + column);
   for (int j = 0; j < WIDTH; ++j) s.out[j] = s.active[j] != 0.0f ? s.out[j] : 0.0f;
   store_row(s.out, width, update + column);
@@ -651,10 +656,10 @@ struct Sums {
 // The rows of a run of steps that one block keeps; sizes in floats.
 struct Tape {
   float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *update, *size, *active,
-      *by_last;
+      *kept, *by_last;
   static size_t floats(int steps) {
     const size_t t = steps;
-    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + HUSHED);
+    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + GROWS + HUSHED);
     for (int l = 0; l < LAYERS; ++l) rows += (t + 1) * joined_of(l) + t * GATES + (t + 1) * HIDDEN + t * HIDDEN;
     return rows * WIDTH;
   }
@@ -671,6 +676,7 @@ struct Tape {
     update = take(t);
     size = take(t);
     active = take(t);
+    kept = take(GROWS ? t : 0);
     by_last = take(HUSHED ? t : 0);
     for (int l = 0; l < LAYERS; ++l) {
       joined[l] = take((t + 1) * joined_of(l));
@@ -711,8 +717,8 @@ void replay(const Weights& w, const Inputs& in, const float* hidden, const float
       std::memcpy(above, next, HIDDEN * WIDTH * sizeof(float));
     }
     read_out(w, tape.top + t * HIDDEN * WIDTH, x + FEATURES * WIDTH, in, scale, tape.active + t * WIDTH,
-             tape.y + t * OUTPUTS * WIDTH, log_size, tape.by_last + t * WIDTH, tape.size + t * WIDTH,
-             tape.update + t * WIDTH);
+             tape.y + t * OUTPUTS * WIDTH, log_size, tape.kept + t * WIDTH, tape.by_last + t * WIDTH,
+             tape.size + t * WIDTH, tape.update + t * WIDTH);
   }
 }
 
@@ -771,7 +777,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           const bool moves = active[j] != 0.0f;
           last[j] = moves ? d * slope : 0.0f;
           if (HUSHED) d_last[j] = moves ? d * tape.by_last[t * WIDTH + j] : 0.0f;
-          d_log[j] = !moves || slope != 0.0f ? d : 0.0f;
+          d_log[j] = moves ? d * tape.kept[t * WIDTH + j] : d;
         }
       }
       for (int d = 0; d < DIRECTIONS; ++d) {
@@ -939,15 +945,13 @@ void lstm_pack(const float* theta, long sets, void* weights) {
 // old state are state_ld apart, of the new one out_ld.
 void lstm_step(const void* packed, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
               const float* step, int shared_step, const double* betas, float ratio, float eps, float range, float growth,
-              float most_grown,
-              const float* hidden, const float* cells, const float* log_size, long state_ld, float* m_out, float* v_out,
+              float most_grown, float leak, const float* hidden, const float* cells, const float* log_size, long state_ld, float* m_out, float* v_out,
               float* hidden_out, float* cells_out, float* log_size_out, long out_ld, const float* context, long tensors,
               const int* tensor, float scale, float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
   const Weights* weights = static_cast<const Weights*>(packed);
   const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, ratio, eps, range, nullptr, log_size, growth,
-                  most_grown,
-                  context, tensors, tensor};
+                  most_grown, leak, context, tensors, tensor};
   const State after{hidden_out, cells_out, m_out, v_out, log_size_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
   {
@@ -1087,8 +1091,8 @@ void lstm_agreement(const double* sums, long tensors, double loudness, double* o
 // ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.
 int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
                   const float* v, const float* step, int shared_step, const double* betas, float ratio, float eps,
-                  float range, float growth, float most_grown, const unsigned char* active, const float* hidden,
-                  const float* cells,
+                  float range, float growth, float most_grown, float leak, const unsigned char* active,
+                  const float* hidden, const float* cells,
                   const float* log_size, long state_ld, const float* cotangents, long cotangent_ld, int summed,
                   const float* hidden_in, const float* cells_in, const float* log_in, float* hidden_out,
                   float* cells_out, float* log_out, float* x_out, const float* context, long tensors, const int* tensor,
@@ -1103,8 +1107,7 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
   if (!failed) {
     fill(*weights, theta);
     const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, ratio, eps, range, active, log_size, growth,
-                    most_grown,
-                    context, tensors, tensor};
+                    most_grown, leak, context, tensors, tensor};
     const Outward outward{hidden_in, cells_in, hidden_out, cells_out, x_out, log_in, log_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && groups > 1)
     {

@@ -18,6 +18,11 @@ quarter of that with the fastest, half of the coordinate's own with the fastest,
 gradients go on as before, and shrink where they turn. That much is the idea of Rprop (Riedmiller and Braun 1993) and of
 hypergradients (Baydin et al. 2018); when, by how much, and for how long it is right is learned.
 
+With `leak` some of that is forgotten where y₅ speaks for neither: sₜ = (1 − leak·(1 − tanh²(y₅)))·sₜ₋₁ +
+growth·tanh(y₅). In noise a gradient agrees little with its past, however short the steps are, so that y₅ is a little
+below zero for ever, and steps shrink to nothing; with a leak they stay where both are in balance, and what tells
+clearly that steps are too long still makes them as short as they have to be.
+
 With `signal` it is told, as well, how much of the tensor's gradient is signal. In noise a gradient agrees little with
 its past, however short the steps are; a rule that shrinks steps below a certain agreement then shrinks them for ever.
 With `loudness` steps grow less the quieter gradients are beside what they are divided by: a network that knows its
@@ -75,6 +80,8 @@ class MixtureRuleConfig(RuleConfig):
         growth: the most that a step's logarithm grows or shrinks by for good in one step, not negative; 0 leaves this
             out, the state that it needs, and what is asked of whole tensors.
         most_grown: bound of the logarithm that a step has grown by for good, in (0, 12]; it may shrink by e^−12.
+        leak: the share of it that a step forgets where nothing speaks for longer or shorter ones, in [0, 1); needs
+            `growth`.
         signal: whether the LSTM is told, beside how gradients agree, how strong their signal is; needs `growth`.
         loudness: with it the LSTM is told how loud gradients are, too, the mean of their squares over the average ones
             times this, at most one; and steps grow by so much less. At least 0, which leaves it out; needs `signal`.
@@ -97,6 +104,7 @@ class MixtureRuleConfig(RuleConfig):
     range: float = 6.0
     growth: float = 0.0
     most_grown: float = 12.0
+    leak: float = 0.0
     signal: bool = False
     loudness: float = 0.0
     basis: int = 0
@@ -104,7 +112,7 @@ class MixtureRuleConfig(RuleConfig):
     basis_every: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("fast", "medium", "slow", "square", "recent_square", "doubt", "basis_decay"):
+        for name in ("fast", "medium", "slow", "square", "recent_square", "doubt", "leak", "basis_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
         for name in ("eps", "output_scale", "range"):
@@ -116,6 +124,8 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(f"most_grown must lie in (0, 12]; got {self.most_grown}")
         if not 0 <= self.growth < math.inf:
             raise ValueError(f"growth must be finite and not negative; got {self.growth}")
+        if self.leak and not self.growth:
+            raise ValueError(f"leak needs growth: without it steps neither grow nor shrink for good; got {self.leak}")
         if self.signal and not self.growth:
             raise ValueError("signal needs growth: without it nothing is asked of whole tensors; give a growth above 0")
         if not 0 <= self.loudness < math.inf:
@@ -237,9 +247,10 @@ class MixtureRule(CompiledRule):
         log_size = (out[0] / c.range).tanh() * c.range
         if c.growth:
             rate = (out[-1] + theta["output.skip"] @ joined[: self._num_inputs]).tanh()
+            kept = 1 - c.leak * (1 - rate.square())
             if c.loudness:  # what is hardly heard is no reason to take longer steps
                 rate = torch.where(rate > 0, rate * joined[self._num_inputs - 1], rate)
-            grown = (state["log_size"] + c.growth * rate).clamp(-_MOST_SHRUNK, c.most_grown)
+            grown = (kept * state["log_size"] + c.growth * rate).clamp(-_MOST_SHRUNK, c.most_grown)
             new_state["log_size"] = torch.where(active, grown, state["log_size"])
             log_size = log_size + new_state["log_size"]
         update = log_size.exp() * c.output_scale * (out[1 : 1 + NUM_DIRECTIONS] * directions).sum(0)
@@ -270,6 +281,7 @@ class MixtureRule(CompiledRule):
             log_range=c.range,
             growth=c.growth,
             most_grown=c.most_grown,
+            leak=c.leak,
         )
 
     @property

@@ -83,6 +83,7 @@ class Inputs:
         log_range: of "log_and_sign"; with directions, bound of the logarithm of a step.
         growth: the most that "log_size" changes by in a step.
         most_grown: its upper bound.
+        leak: the share of it that a step forgets.
     """
 
     kind: str
@@ -92,6 +93,12 @@ class Inputs:
     log_range: float = 1.0
     growth: float = 0.0
     most_grown: float = 12.0
+    leak: float = 0.0
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What the kernel is passed beside the decays."""
+        return self.square_ratio, self.eps, self.log_range, self.growth, self.most_grown, self.leak
 
     @property
     def decays(self) -> tuple[float, ...]:
@@ -199,11 +206,7 @@ class LSTMKernel:
             grads.data_ptr(),
             *calls.averages(before),
             calls.packed(inputs.decays),
-            inputs.square_ratio,
-            inputs.eps,
-            inputs.log_range,
-            inputs.growth,
-            inputs.most_grown,
+            *inputs.numbers,
             *calls.network(before),
             spacing,
             target["m"].data_ptr() if averaging else None,
@@ -377,11 +380,7 @@ class LSTMKernel:
             ld,
             *averages,
             calls.packed(inputs.decays),
-            inputs.square_ratio,
-            inputs.eps,
-            inputs.log_range,
-            inputs.growth,
-            inputs.most_grown,
+            *inputs.numbers,
             active.data_ptr() if active is not None else None,
             *calls.network(state),
             spacing,
