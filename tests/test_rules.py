@@ -34,7 +34,7 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "doubting": ("mixture", {"growth": 0.1, "doubt": 0.9}),
     "told_of_signal": ("mixture", {"growth": 0.1, "signal": True}),
     "hushed": ("mixture", {"growth": 0.1, "signal": True, "loudness": 0.5}),
-    "leaking": ("mixture", {"growth": 0.1, "leak": 0.3}),
+    "leaking": ("mixture", {"growth": 0.1, "signal": True, "leak": 0.3}),
     "hushed_and_leaking": ("mixture", {"growth": 0.1, "leak": 0.2, "signal": True, "loudness": 0.5}),
     "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
@@ -577,21 +577,22 @@ def test_steps_grow_the_less_the_quieter_gradients_are():
 
 
 def test_a_leak_lets_steps_return_where_nothing_speaks_for_either():
-    """A constant rate r has the fixed point growth·r / (leak·(1 − r²)); none at all lets what has grown decay."""
-    rule = rules.get("paced", growth=0.1, leak=0.05)
+    """A constant rate r has the fixed point growth·r / (leak·(1 − ρ)²·(1 − r²)); none lets what has grown decay."""
+    rule = rules.get("paced", growth=0.1, signal=True, leak=0.2)
     theta = {name: torch.zeros_like(value) for name, value in rule.init_theta(torch.Generator()).items()}
     grads = torch.tensor([1.0, -2.0, 3.0])
 
-    def sizes(bias, start, num_steps):
+    def sizes(bias, start, num_steps, signal=0.5):
         theta["output.bias"][-1] = bias
         state = {**rule.init_state(3), "log_size": torch.full((3,), start)}
-        rows = torch.zeros(rule.num_context, 3)
+        rows = torch.tensor([0.0] * 4 + [signal])[:, None].expand(5, 3)
         for _ in range(num_steps):
             state = rule.update(theta, grads, torch.zeros(3), state, rows)[1]
         return state["log_size"].tolist()
 
     assert sizes(0.0, 2.0, 40) == pytest.approx([2 * 0.95**40] * 3)
     assert sizes(0.0, -8.0, 40) == pytest.approx([-8 * 0.95**40] * 3)
+    assert sizes(0.0, -8.0, 40, signal=1.0) == [-8.0] * 3  # nothing leaks where the gradient is all signal
     rate = math.tanh(-0.2)
     assert sizes(-0.2, 1.0, 500) == pytest.approx([0.1 * rate / (0.05 * (1 - rate**2))] * 3, rel=1e-4)
     assert sizes(-9.0, 0.0, 200) == [-12.0] * 3  # a clear word is not forgotten
@@ -912,7 +913,7 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("compact", {"dense_units": -1}, "dense_units must be at least 0; got -1"),
         ("compact", {"num_layers": 0}, "num_layers must be at least 1; got 0"),
         ("compact", {"hidden_size": 0}, "hidden_size must be at least 1; got 0"),
-        ("mixture", {"leak": 0.1}, "leak needs growth: without it steps neither grow nor shrink for good; got 0.1"),
+        ("paced", {"leak": 0.1}, "leak needs signal, which says where; got 0.1 without; set signal"),
         ("paced", {"leak": 1.0}, r"leak must lie in \[0, 1\); got 1.0"),
         ("paced", {"leak": -0.1}, r"leak must lie in \[0, 1\); got -0.1"),
         ("mixture", {"signal": True}, "signal needs growth: .*; give a growth above 0"),

@@ -45,6 +45,7 @@ typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alia
 
 constexpr bool GROWS = CONTEXT > 0;
 constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the fifth number of the context
+constexpr bool SIGNALLED = CONTEXT > 4;     // the fifth, by which what steps have shrunk or grown by leaks
 constexpr bool HUSHED = CONTEXT > 5;        // the sixth, by which steps grow less
 constexpr int SKIPS = GROWS ? FEATURES : 0;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
@@ -547,11 +548,12 @@ inline void cell(float* __restrict gates, const float* before, float* after, flo
 // with GROWS the last changes log_size, which stays as it is where a coordinate may not move. `size` [WIDTH] is what
 // the mixture is multiplied by. The features' rows lie before the directions. The last row of y is left as the
 // derivative of log_size, `kept` [WIDTH] is the one with respect to log_size before, and `by_last` [WIDTH] the one with
-// respect to the last feature; all are zero where a bound is met.
+// respect to the last feature, `by_signal` [WIDTH] to the one that tells how strong the signal is; all are zero where a
+// bound is met.
 inline void read_out(const Weights& w, const float* top, const float* directions, const Inputs& in, float scale,
                      const float* __restrict active, float* __restrict y, float* __restrict log_size,
-                     float* __restrict kept, float* __restrict by_last, float* __restrict size,
-                     float* __restrict update) {
+                     float* __restrict kept, float* __restrict by_last, float* __restrict by_signal,
+                     float* __restrict size, float* __restrict update) {
   for (int o = 0; o < OUTPUTS; ++o)
     for (int v = 0; v < VECTORS; ++v) {
       Vec sum = splat(w.output_bias[o]);
@@ -569,15 +571,17 @@ inline void read_out(const Weights& w, const float* top, const float* directions
   } else {
     if constexpr (GROWS) {
       float* __restrict last = y + (OUTPUTS - 1) * WIDTH;
-      const float* __restrict loudness = directions - WIDTH;
+      const float *__restrict loudness = directions - WIDTH, *__restrict signal = directions - (1 + HUSHED) * WIDTH;
       for (int j = 0; j < WIDTH; ++j) {
         const float growth = HUSHED && last[j] > 0.0f ? in.growth * loudness[j] : in.growth;
-        const float before = log_size[j], rate = last[j], curve = 1.0f - rate * rate, keep = 1.0f - in.leak * curve;
+        const float before = log_size[j], rate = last[j], curve = 1.0f - rate * rate;
+        const float weak = SIGNALLED ? 1.0f - signal[j] : 0.0f, leak = in.leak * weak * weak, keep = 1.0f - leak * curve;
         const float grown = keep * before + growth * rate;
         const float held = grown > in.most_grown ? in.most_grown : grown < -MOST_SHRUNK ? -MOST_SHRUNK : grown;
         const bool bound = held != grown;
+        if (SIGNALLED) by_signal[j] = bound ? 0.0f : 2.0f * in.leak * weak * curve * before;
         if (HUSHED) by_last[j] = !bound && rate > 0.0f ? in.growth * rate : 0.0f;
-        last[j] = bound ? 0.0f : curve * (growth + 2.0f * in.leak * rate * before);
+        last[j] = bound ? 0.0f : curve * (growth + 2.0f * leak * rate * before);
         kept[j] = bound ? 0.0f : keep;
         log_size[j] = active[j] != 0.0f ? held : before;
       }
@@ -598,7 +602,8 @@ inline void read_out(const Weights& w, const float* top, const float* directions
 struct StepScratch {
   alignas(64) float joined[LAYERS][(WIDEST + HIDDEN) * WIDTH], gates[GATES * WIDTH], cells[HIDDEN * WIDTH],
       tanh_cell[HIDDEN * WIDTH], top[HIDDEN * WIDTH], x[ROWS * WIDTH], active[WIDTH], y[OUTPUTS * WIDTH],
-      log_size[WIDTH], kept[WIDTH], by_last[WIDTH], size[WIDTH], out[WIDTH];
+      log_size[WIDTH], kept[WIDTH], by_last[WIDTH], by_signal[WIDTH], size[WIDTH],
+      out[WIDTH];
   Averages averages;
 };
 
@@ -639,8 +644,8 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
     }
   }
   if (GROWS) load_row(in.log_size + column, width, s.log_size);
-  read_out(w, s.top, s.x + FEATURES * WIDTH, in, scale, s.active, s.y, s.log_size, s.kept, s.by_last, s.size,
-           s.out);
+  read_out(w, s.top, s.x + FEATURES * WIDTH, in, scale, s.active, s.y, s.log_size, s.kept, s.by_last, s.by_signal,
+           s.size, s.out);
   if (GROWS) store_row(s.log_size, width, after.log_size + column);
   for (int j = 0; j < WIDTH; ++j) s.out[j] = s.active[j] != 0.0f ? s.out[j] : 0.0f;
   store_row(s.out, width, update + column);
@@ -656,10 +661,10 @@ struct Sums {
 // The rows of a run of steps that one block keeps; sizes in floats.
 struct Tape {
   float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *update, *size, *active,
-      *kept, *by_last;
+      *kept, *by_last, *by_signal;
   static size_t floats(int steps) {
     const size_t t = steps;
-    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + GROWS + HUSHED);
+    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + GROWS + SIGNALLED + HUSHED);
     for (int l = 0; l < LAYERS; ++l) rows += (t + 1) * joined_of(l) + t * GATES + (t + 1) * HIDDEN + t * HIDDEN;
     return rows * WIDTH;
   }
@@ -678,6 +683,7 @@ struct Tape {
     active = take(t);
     kept = take(GROWS ? t : 0);
     by_last = take(HUSHED ? t : 0);
+    by_signal = take(SIGNALLED ? t : 0);
     for (int l = 0; l < LAYERS; ++l) {
       joined[l] = take((t + 1) * joined_of(l));
       gates[l] = take(t * GATES);
@@ -718,7 +724,7 @@ void replay(const Weights& w, const Inputs& in, const float* hidden, const float
     }
     read_out(w, tape.top + t * HIDDEN * WIDTH, x + FEATURES * WIDTH, in, scale, tape.active + t * WIDTH,
              tape.y + t * OUTPUTS * WIDTH, log_size, tape.kept + t * WIDTH, tape.by_last + t * WIDTH,
-             tape.size + t * WIDTH, tape.update + t * WIDTH);
+             tape.by_signal + t * WIDTH, tape.size + t * WIDTH, tape.update + t * WIDTH);
   }
 }
 
@@ -736,7 +742,8 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           ptrdiff_t ld, ptrdiff_t column, int width, int slot, int steps, float range, Tape& tape, Sums& sums,
           float scale) {
   alignas(64) float d_hidden[LAYERS][HIDDEN * WIDTH], d_cell[LAYERS][HIDDEN * WIDTH], d_above[HIDDEN * WIDTH],
-      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH], d_log[WIDTH], d_last[WIDTH];
+      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH], d_log[WIDTH], d_last[WIDTH],
+      d_signal[WIDTH];
   for (int l = 0; l < LAYERS; ++l)
     for (int h = 0; h < HIDDEN; ++h) {
       const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
@@ -776,6 +783,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           const float d = d_log[j] + d_size, slope = last[j];
           const bool moves = active[j] != 0.0f;
           last[j] = moves ? d * slope : 0.0f;
+          if (SIGNALLED) d_signal[j] = moves ? d * tape.by_signal[t * WIDTH + j] : 0.0f;
           if (HUSHED) d_last[j] = moves ? d * tape.by_last[t * WIDTH + j] : 0.0f;
           d_log[j] = moves ? d * tape.kept[t * WIDTH + j] : d;
         }
@@ -858,6 +866,8 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
     if (outward.x_out)
       for (int f = 0; f < SKIPS; ++f)
         for (int j = 0; j < WIDTH; ++j) d_x[f * WIDTH + j] += w.skip[f] * y[(OUTPUTS - 1) * WIDTH + j];
+    if (SIGNALLED && outward.x_out)
+      for (int j = 0; j < WIDTH; ++j) d_x[(FEATURES - 1 - HUSHED) * WIDTH + j] += d_signal[j];
     if (HUSHED && outward.x_out)
       for (int j = 0; j < WIDTH; ++j) d_x[(FEATURES - 1) * WIDTH + j] += d_last[j];
     if (outward.x_out)

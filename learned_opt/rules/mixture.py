@@ -18,13 +18,13 @@ quarter of that with the fastest, half of the coordinate's own with the fastest,
 gradients go on as before, and shrink where they turn. That much is the idea of Rprop (Riedmiller and Braun 1993) and of
 hypergradients (Baydin et al. 2018); when, by how much, and for how long it is right is learned.
 
-With `leak` some of that is forgotten where y₅ speaks for neither: sₜ = (1 − leak·(1 − tanh²(y₅)))·sₜ₋₁ +
-growth·tanh(y₅). In noise a gradient agrees little with its past, however short the steps are, so that y₅ is a little
-below zero for ever, and steps shrink to nothing; with a leak they stay where both are in balance, and what tells
-clearly that steps are too long still makes them as short as they have to be.
-
 With `signal` it is told, as well, how much of the tensor's gradient is signal. In noise a gradient agrees little with
 its past, however short the steps are; a rule that shrinks steps below a certain agreement then shrinks them for ever.
+With `leak` some of what steps have grown or shrunk by is forgotten where the signal is weak and y₅ speaks for neither:
+sₜ = (1 − leak·(1 − ρ)²·(1 − tanh²(y₅)))·sₜ₋₁ + growth·tanh(y₅), with ρ what it is told of the signal. There y₅ is a
+little below zero for ever, and steps would shrink to nothing; so they stay where both are in balance. What tells
+clearly that steps are too long still makes them as short as they have to be.
+
 With `loudness` steps grow less the quieter gradients are beside what they are divided by: a network that knows its
 data by heart has many batches with next to no gradient, which agree, and steps that had grown on them would throw it
 out at the next one that has more.
@@ -59,6 +59,7 @@ from learned_opt.rules.features import (
 from learned_opt.task import Tensors
 
 _MOST_SHRUNK = 12.0  # the kernel's, too
+_SIGNAL = NUM_EVEN + NUM_CONTEXT  # the input that tells how strong the signal is
 _OWN_AGREEMENT = NUM_MOMENTA  # the input that tells whether a coordinate's gradient goes on as its fastest momentum
 
 
@@ -80,9 +81,9 @@ class MixtureRuleConfig(RuleConfig):
         growth: the most that a step's logarithm grows or shrinks by for good in one step, not negative; 0 leaves this
             out, the state that it needs, and what is asked of whole tensors.
         most_grown: bound of the logarithm that a step has grown by for good, in (0, 12]; it may shrink by e^−12.
-        leak: the share of it that a step forgets where nothing speaks for longer or shorter ones, in [0, 1); needs
-            `growth`.
         signal: whether the LSTM is told, beside how gradients agree, how strong their signal is; needs `growth`.
+        leak: the share of what a step has grown or shrunk by for good that is forgotten in each where the signal is
+            nothing and nothing speaks for longer or shorter ones, in [0, 1); needs `signal`.
         loudness: with it the LSTM is told how loud gradients are, too, the mean of their squares over the average ones
             times this, at most one; and steps grow by so much less. At least 0, which leaves it out; needs `signal`.
         basis: matrices are taken in the eigenvectors of their gradients' second moments (`learned_opt.rules.basis`)
@@ -104,8 +105,8 @@ class MixtureRuleConfig(RuleConfig):
     range: float = 6.0
     growth: float = 0.0
     most_grown: float = 12.0
-    leak: float = 0.0
     signal: bool = False
+    leak: float = 0.0
     loudness: float = 0.0
     basis: int = 0
     basis_decay: float = 0.95
@@ -124,10 +125,10 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(f"most_grown must lie in (0, 12]; got {self.most_grown}")
         if not 0 <= self.growth < math.inf:
             raise ValueError(f"growth must be finite and not negative; got {self.growth}")
-        if self.leak and not self.growth:
-            raise ValueError(f"leak needs growth: without it steps neither grow nor shrink for good; got {self.leak}")
         if self.signal and not self.growth:
             raise ValueError("signal needs growth: without it nothing is asked of whole tensors; give a growth above 0")
+        if self.leak and not self.signal:
+            raise ValueError(f"leak needs signal, which says where; got {self.leak} without; set signal")
         if not 0 <= self.loudness < math.inf:
             raise ValueError(f"loudness must be finite and not negative; got {self.loudness}")
         if self.loudness and not self.signal:
@@ -191,7 +192,7 @@ class MixtureRule(CompiledRule):
             skip[NUM_EVEN : NUM_EVEN + NUM_CONTEXT] = torch.tensor([0.25, 0.5, 0.5, 0.0])
             if self.config.signal:  # less so where the signal is weak: there it takes less to speak for them
                 theta["output.bias"][-1] += 0.15
-                skip[NUM_EVEN + NUM_CONTEXT] = -0.15
+                skip[_SIGNAL] = -0.15
         return theta
 
     @property
@@ -247,7 +248,9 @@ class MixtureRule(CompiledRule):
         log_size = (out[0] / c.range).tanh() * c.range
         if c.growth:
             rate = (out[-1] + theta["output.skip"] @ joined[: self._num_inputs]).tanh()
-            kept = 1 - c.leak * (1 - rate.square())
+            kept: torch.Tensor | float = 1.0
+            if c.leak:
+                kept = 1 - c.leak * (1 - joined[_SIGNAL]).square() * (1 - rate.square())
             if c.loudness:  # what is hardly heard is no reason to take longer steps
                 rate = torch.where(rate > 0, rate * joined[self._num_inputs - 1], rate)
             grown = (kept * state["log_size"] + c.growth * rate).clamp(-_MOST_SHRUNK, c.most_grown)

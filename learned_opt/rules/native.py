@@ -83,7 +83,7 @@ class Inputs:
         log_range: of "log_and_sign"; with directions, bound of the logarithm of a step.
         growth: the most that "log_size" changes by in a step.
         most_grown: its upper bound.
-        leak: the share of it that a step forgets.
+        leak: the share of it that a step forgets where there is no signal.
     """
 
     kind: str
