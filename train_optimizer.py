@@ -110,6 +110,7 @@ def assemble(settings: RunConfig, ranks: Ranks = ALONE) -> MetaTrainer:
     if unknown:
         raise ValueError(f"unknown baseline {unknown[0]!r}; choose from {', '.join(BASELINES)}")
     rule = rules.get(settings.rule, **settings.rule_settings)
+    exported_rule(settings, rule)
     families = build_families(settings.families)
     return MetaTrainer(
         rule,
@@ -127,7 +128,8 @@ def starting_theta(settings: RunConfig, rule: UpdateRule, families: Iterable[str
     """The theta of an exported optimizer, which must be of this rule, with the initial parameters to go on from."""
     path = managed.expand(settings.start_from)
     found = load_artifact_or_shipped(path)
-    if (found.rule.kind, found.rule.settings()) != (rule.kind, rule.settings()):
+    ours = [one.settings() for one in (rule, exported_rule(settings, rule))]
+    if found.rule.kind != rule.kind or found.rule.settings() not in ours:
         raise ValueError(
             f"start_from names {path}, whose rule is {found.rule.kind} with {found.rule.settings()}; "
             f"the run's rule is {rule.kind} with {rule.settings()}"
@@ -200,10 +202,31 @@ def diagnose(trainer: MetaTrainer, settings: RunConfig) -> dict[str, float]:
     return comparison.metrics("diagnostics")
 
 
+def exported_rule(settings: RunConfig, rule: UpdateRule) -> UpdateRule:
+    """The rule of the exported file: the trained one, but for `export_settings`.
+
+    Raises:
+        ValueError: a setting is not valid, or theta would have other shapes with it.
+    """
+    out = rules.get(settings.rule, **{**settings.rule_settings, **settings.export_settings})
+    trained, exported = (
+        {name: tuple(value.shape) for name, value in one.init_theta(torch.Generator()).items()} for one in (rule, out)
+    )
+    if trained != exported:
+        raise ValueError(
+            f"export_settings must leave theta as it is trained; with {settings.export_settings} the rule has other "
+            "weights: put them into rule_settings"
+        )
+    return out
+
+
 def export(trainer: MetaTrainer, settings: RunConfig, folder: RunFolder) -> Artifact:
     """Write the best theta as one file."""
+    rule = exported_rule(settings, trainer.rule)
+    trained_with = {name: trainer.rule.settings()[name] for name in settings.export_settings}
     provenance = {
         "families": settings.families,
+        "trained_with": trained_with,
         "start_from": settings.start_from,
         "estimator": settings.estimator,
         "horizon": settings.trainer.horizons.longest,
@@ -216,9 +239,7 @@ def export(trainer: MetaTrainer, settings: RunConfig, folder: RunFolder) -> Arti
     }
     theta, initial = split(trainer.best_theta if trainer.best_theta is not None else trainer.theta)
     initial_params = {label: trainer.work[label].batched.unflatten(flat) for label, flat in initial.items()}
-    return save_artifact(
-        folder.optimizer, trainer.rule, theta, provenance, name=settings.rule, initial_params=initial_params
-    )
+    return save_artifact(folder.optimizer, rule, theta, provenance, name=settings.rule, initial_params=initial_params)
 
 
 def evaluate(artifact: Artifact, settings: RunConfig, folder: RunFolder, device: str) -> Comparison:

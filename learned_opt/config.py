@@ -32,6 +32,8 @@ class RunConfig:
     Attributes:
         rule: name of the update rule, see `learned_opt.rules.RULES`.
         rule_settings: settings of the rule that differ from the named ones.
+        export_settings: settings of the rule that the exported file has instead of those it is trained with, for
+            instance because training on short stretches would learn to undo them; theta's shapes must stay.
         start_from: exported file, or name of an optimizer that ships, whose theta to start from, for instance to go on
             with another estimator; empty to start afresh.
         families: label -> task family to meta-train on, as {name: …, setting: value, …}.
@@ -56,6 +58,7 @@ class RunConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     rule: str = "compact"
     rule_settings: Settings = dataclasses.field(default_factory=dict)
+    export_settings: Settings = dataclasses.field(default_factory=dict)
     start_from: str = ""
     families: dict[str, Settings] = dataclasses.field(default_factory=lambda: {"digits": {"name": "image_mlp"}})
     validation_families: dict[str, Settings] = dataclasses.field(default_factory=dict)

@@ -24,6 +24,7 @@ from learned_opt.truncation import HorizonSchedule
 CHANGED = RunConfig(
     rule="rnnprop",
     rule_settings={"hidden_size": 4, "eps": 1e-12, "inputs": "1e-3"},
+    export_settings={"output_scale": 0.5},
     families={"a b": {"name": "quadratic", "dim": 3}, "größer": {"name": "image_mlp", "hidden": [4, 5]}},
     validation_families={"v": {"name": "quadratic"}},
     estimator="pes",
@@ -102,7 +103,7 @@ def test_exponents_reach_settings_without_a_type_of_their_own(tmp_path):
         ("trainer: {meta_loss: {clipp: 3}}", "trainer.meta_loss.clipp: no such setting; did you mean clip?"),
         ("evaluation: {horizn: 3}", "evaluation.horizn: no such setting; did you mean horizon?"),
         ("tracking: {projct: x}", "tracking.projct: no such setting; did you mean project?"),
-        ("zzz: 1", "zzz: no such setting; there are rule, rule_settings, start_from"),
+        ("zzz: 1", "zzz: no such setting; there are rule, rule_settings, export_settings, start_from"),
         ("rule: [1]", "rule: Input should be a valid string"),
         ("trainer: 3", "trainer: Input should be a dictionary"),
         ("trainer: {outer_steps: many}", "trainer.outer_steps: Input should be a valid integer"),

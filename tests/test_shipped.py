@@ -74,7 +74,7 @@ def test_each_is_small_and_says_where_it_comes_from(name):
 def test_each_is_what_its_preset_trains(name):
     settings = config.preset(name)
     artifact = learned_opt.load(name)
-    rule = rules.get(settings.rule, **settings.rule_settings)
+    rule = rules.get(settings.rule, **{**settings.rule_settings, **settings.export_settings})
     assert (artifact.rule.kind, artifact.rule.settings()) == (rule.kind, rule.settings())
     provenance = artifact.provenance
     assert provenance["families"] == settings.to_dict()["families"]

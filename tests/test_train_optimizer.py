@@ -238,6 +238,20 @@ def test_a_run_may_start_from_an_exported_theta(in_process, undisturbed, monkeyp
     assert status == 2 and f"start_from names {exported}, whose rule is lstm with" in said
 
 
+def test_the_exported_rule_may_have_other_settings_than_the_trained_one(in_process, undisturbed, tmp_path):
+    path = config_file(tmp_path, export_settings={"output_scale": 0.5})
+    status, said = in_process("--config", path, "--run-dir", str(tmp_path / "run"))
+    assert status == 0, said
+    plain, changed = (load_artifact(folder / "optimizer.safetensors") for folder in (undisturbed, tmp_path / "run"))
+    assert changed.rule.settings() == {**plain.rule.settings(), "output_scale": 0.5}
+    assert all(torch.equal(value, changed.theta[name]) for name, value in plain.theta.items())
+    assert changed.provenance["trained_with"] == {"output_scale": plain.rule.settings()["output_scale"]}
+    assert plain.provenance["trained_with"] == {} and changed.hash != plain.hash
+    exported = str(tmp_path / "run" / "optimizer.safetensors")
+    again = load(Path(config_file(tmp_path, export_settings={"output_scale": 0.5}, start_from=exported)))
+    assert torch.equal(train_optimizer.assemble(again).theta["output.bias"], changed.theta["output.bias"])
+
+
 def test_evaluation_writes_table_results_and_picture(in_process, tmp_path):
     small = {**SMALL["trainer"], "outer_steps": 2}
     evaluation = {"horizon": 6, "num_tasks": 3, "seeds": [0, 1], "num_validation_tasks": 2, "num_resamples": 50}
@@ -258,6 +272,11 @@ def test_evaluation_writes_table_results_and_picture(in_process, tmp_path):
     [
         (["--preset", "digit"], "unknown preset 'digit'; did you mean digits?"),
         (["--rule", "compac"], "unknown update rule 'compac'; did you mean compact?"),
+        (
+            ["--export-settings", "{hidden_size: 3}"],
+            "export_settings must leave theta as it is trained; with {'hidden_s",
+        ),
+        (["--export-settings", "{epsilon: 1}"], "rule 'compact' has no setting 'epsilon'"),
         (["--estimator", "backprob"], "unknown estimator 'backprob'; did you mean backprop?"),
         (["--families", "{a: {name: image_mpl}}"], "image_mlp"),
         (["--trainer.truncation", "200"], "truncation (200) must not exceed the longest horizon (100)"),
