@@ -121,8 +121,9 @@ def test_with_nothing_tuned_the_default_beats_adam_at_its_default_rate():
         assert learned < loss.item()
 
 
-def test_weights_of_variants_are_those_that_were_measured():
+@pytest.mark.parametrize("variant", ["signal", "leak"])
+def test_weights_of_variants_are_those_that_were_measured(variant):
     folder = Path(__file__).parent.parent / "benchmarks"
-    measured = json.loads((folder / "results" / "suite_test_signal_seeds.json").read_text())["optimizers"]
-    files = {path.stem.removeprefix("signal_"): path for path in (folder / "weights").iterdir()}
+    measured = json.loads((folder / "results" / f"suite_test_{variant}_seeds.json").read_text())["optimizers"]
+    files = {path.stem.removeprefix(f"{variant}_"): path for path in (folder / "weights").glob(f"{variant}_*")}
     assert {name: learned_opt.load_artifact(path).identity for name, path in files.items()} == measured
