@@ -38,7 +38,7 @@ except ModuleNotFoundError as missing:
 import tasks
 from learned_opt import config as configuration
 from learned_opt import distributed, estimators, managed, rules
-from learned_opt.artifact import Artifact, save_artifact
+from learned_opt.artifact import Artifact, check_theta, save_artifact
 from learned_opt.artifact import load as load_artifact_or_shipped
 from learned_opt.checkpoints import CheckpointFolder
 from learned_opt.command_line import quietly, yaml_dicts
@@ -209,14 +209,13 @@ def exported_rule(settings: RunConfig, rule: UpdateRule) -> UpdateRule:
         ValueError: a setting is not valid, or theta would have other shapes with it.
     """
     out = rules.get(settings.rule, **{**settings.rule_settings, **settings.export_settings})
-    trained, exported = (
-        {name: tuple(value.shape) for name, value in one.init_theta(torch.Generator()).items()} for one in (rule, out)
-    )
-    if trained != exported:
+    try:
+        check_theta(out, rule.init_theta(torch.Generator()))
+    except ValueError as error:
         raise ValueError(
-            f"export_settings must leave theta as it is trained; with {settings.export_settings} the rule has other "
-            "weights: put them into rule_settings"
-        )
+            f"export_settings must leave theta as it is trained; with {settings.export_settings} {error}: "
+            "put them into rule_settings"
+        ) from None
     return out
 
 

@@ -89,7 +89,7 @@ class Artifact:
         except (TypeError, ValueError) as error:
             raise ValueError(f"provenance must be JSON values (text, finite numbers, lists, dicts): {error}") from None
         stored = {n: theta[n].detach().to("cpu", torch.float32, copy=True).contiguous() for n in sorted(theta)}
-        _check_theta(rule, stored)
+        check_theta(rule, stored)
         initial = {
             label: {n: v.detach().to("cpu", torch.float32, copy=True).contiguous() for n, v in params.items()}
             for label, params in (initial_params or {}).items()
@@ -265,7 +265,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     # Of the settings as they were written: a later version may have more of them, at their defaults.
     found = content_hash(metadata["rule"], settings, theta, initial)
     try:
-        _check_theta(rule, theta)
+        check_theta(rule, theta)
         _check_initial(initial)
     except ValueError as error:
         if found != metadata.get("hash"):
@@ -311,7 +311,8 @@ def _check_initial(initial_params: Mapping[str, Tensors]) -> None:
                 raise ValueError(f"initial_params[{label!r}][{name!r}] has non-finite values")
 
 
-def _check_theta(rule: UpdateRule, theta: Mapping[str, torch.Tensor]) -> None:
+def check_theta(rule: UpdateRule, theta: Mapping[str, torch.Tensor]) -> None:
+    """Raise a ValueError that names a tensor which is missing, unknown, not finite, or not as the rule has it."""
     expected = rule.init_theta(torch.Generator().manual_seed(0))
     for name, like in expected.items():
         if name not in theta:

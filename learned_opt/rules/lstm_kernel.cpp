@@ -44,8 +44,7 @@ typedef float Loose __attribute__((vector_size(LANES * sizeof(float)), aligned(s
 typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 
 constexpr bool GROWS = CONTEXT > 0;
-constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the fifth number of the context
-constexpr bool SIGNALLED = CONTEXT > 4;     // the fifth, by which what steps have shrunk or grown by leaks
+constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the fifth number of the context, by which steps leak
 constexpr bool HUSHED = CONTEXT > 5;        // the sixth, by which steps grow less
 constexpr int SKIPS = GROWS ? FEATURES : 0;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
@@ -575,11 +574,11 @@ inline void read_out(const Weights& w, const float* top, const float* directions
       for (int j = 0; j < WIDTH; ++j) {
         const float growth = HUSHED && last[j] > 0.0f ? in.growth * loudness[j] : in.growth;
         const float before = log_size[j], rate = last[j], curve = 1.0f - rate * rate;
-        const float weak = SIGNALLED ? 1.0f - signal[j] : 0.0f, leak = in.leak * weak * weak, keep = 1.0f - leak * curve;
+        const float weak = TELLS_SIGNAL ? 1.0f - signal[j] : 0.0f, leak = in.leak * weak * weak, keep = 1.0f - leak * curve;
         const float grown = keep * before + growth * rate;
         const float held = grown > in.most_grown ? in.most_grown : grown < -MOST_SHRUNK ? -MOST_SHRUNK : grown;
         const bool bound = held != grown;
-        if (SIGNALLED) by_signal[j] = bound ? 0.0f : 2.0f * in.leak * weak * curve * before;
+        if (TELLS_SIGNAL) by_signal[j] = bound ? 0.0f : 2.0f * in.leak * weak * curve * before;
         if (HUSHED) by_last[j] = !bound && rate > 0.0f ? in.growth * rate : 0.0f;
         last[j] = bound ? 0.0f : curve * (growth + 2.0f * leak * rate * before);
         kept[j] = bound ? 0.0f : keep;
@@ -602,8 +601,7 @@ inline void read_out(const Weights& w, const float* top, const float* directions
 struct StepScratch {
   alignas(64) float joined[LAYERS][(WIDEST + HIDDEN) * WIDTH], gates[GATES * WIDTH], cells[HIDDEN * WIDTH],
       tanh_cell[HIDDEN * WIDTH], top[HIDDEN * WIDTH], x[ROWS * WIDTH], active[WIDTH], y[OUTPUTS * WIDTH],
-      log_size[WIDTH], kept[WIDTH], by_last[WIDTH], by_signal[WIDTH], size[WIDTH],
-      out[WIDTH];
+      log_size[WIDTH], kept[WIDTH], by_last[WIDTH], by_signal[WIDTH], size[WIDTH], out[WIDTH];
   Averages averages;
 };
 
@@ -664,7 +662,7 @@ struct Tape {
       *kept, *by_last, *by_signal;
   static size_t floats(int steps) {
     const size_t t = steps;
-    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + GROWS + SIGNALLED + HUSHED);
+    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + GROWS + TELLS_SIGNAL + HUSHED);
     for (int l = 0; l < LAYERS; ++l) rows += (t + 1) * joined_of(l) + t * GATES + (t + 1) * HIDDEN + t * HIDDEN;
     return rows * WIDTH;
   }
@@ -683,7 +681,7 @@ struct Tape {
     active = take(t);
     kept = take(GROWS ? t : 0);
     by_last = take(HUSHED ? t : 0);
-    by_signal = take(SIGNALLED ? t : 0);
+    by_signal = take(TELLS_SIGNAL ? t : 0);
     for (int l = 0; l < LAYERS; ++l) {
       joined[l] = take((t + 1) * joined_of(l));
       gates[l] = take(t * GATES);
@@ -742,8 +740,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           ptrdiff_t ld, ptrdiff_t column, int width, int slot, int steps, float range, Tape& tape, Sums& sums,
           float scale) {
   alignas(64) float d_hidden[LAYERS][HIDDEN * WIDTH], d_cell[LAYERS][HIDDEN * WIDTH], d_above[HIDDEN * WIDTH],
-      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH], d_log[WIDTH], d_last[WIDTH],
-      d_signal[WIDTH];
+      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH], d_log[WIDTH], d_last[WIDTH], d_signal[WIDTH];
   for (int l = 0; l < LAYERS; ++l)
     for (int h = 0; h < HIDDEN; ++h) {
       const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
@@ -783,7 +780,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           const float d = d_log[j] + d_size, slope = last[j];
           const bool moves = active[j] != 0.0f;
           last[j] = moves ? d * slope : 0.0f;
-          if (SIGNALLED) d_signal[j] = moves ? d * tape.by_signal[t * WIDTH + j] : 0.0f;
+          if (TELLS_SIGNAL) d_signal[j] = moves ? d * tape.by_signal[t * WIDTH + j] : 0.0f;
           if (HUSHED) d_last[j] = moves ? d * tape.by_last[t * WIDTH + j] : 0.0f;
           d_log[j] = moves ? d * tape.kept[t * WIDTH + j] : d;
         }
@@ -866,7 +863,7 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
     if (outward.x_out)
       for (int f = 0; f < SKIPS; ++f)
         for (int j = 0; j < WIDTH; ++j) d_x[f * WIDTH + j] += w.skip[f] * y[(OUTPUTS - 1) * WIDTH + j];
-    if (SIGNALLED && outward.x_out)
+    if (TELLS_SIGNAL && outward.x_out)
       for (int j = 0; j < WIDTH; ++j) d_x[(FEATURES - 1 - HUSHED) * WIDTH + j] += d_signal[j];
     if (HUSHED && outward.x_out)
       for (int j = 0; j < WIDTH; ++j) d_x[(FEATURES - 1) * WIDTH + j] += d_last[j];
@@ -955,9 +952,10 @@ void lstm_pack(const float* theta, long sets, void* weights) {
 // old state are state_ld apart, of the new one out_ld.
 void lstm_step(const void* packed, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
               const float* step, int shared_step, const double* betas, float ratio, float eps, float range, float growth,
-              float most_grown, float leak, const float* hidden, const float* cells, const float* log_size, long state_ld, float* m_out, float* v_out,
-              float* hidden_out, float* cells_out, float* log_size_out, long out_ld, const float* context, long tensors,
-              const int* tensor, float scale, float* update, int threads) {
+              float most_grown, float leak, const float* hidden, const float* cells, const float* log_size,
+              long state_ld, float* m_out, float* v_out, float* hidden_out, float* cells_out, float* log_size_out,
+              long out_ld, const float* context, long tensors, const int* tensor, float scale, float* update,
+              int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
   const Weights* weights = static_cast<const Weights*>(packed);
   const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, ratio, eps, range, nullptr, log_size, growth,
@@ -1102,8 +1100,8 @@ void lstm_agreement(const double* sums, long tensors, double loudness, double* o
 int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
                   const float* v, const float* step, int shared_step, const double* betas, float ratio, float eps,
                   float range, float growth, float most_grown, float leak, const unsigned char* active,
-                  const float* hidden, const float* cells,
-                  const float* log_size, long state_ld, const float* cotangents, long cotangent_ld, int summed,
+                  const float* hidden, const float* cells, const float* log_size, long state_ld,
+                  const float* cotangents, long cotangent_ld, int summed,
                   const float* hidden_in, const float* cells_in, const float* log_in, float* hidden_out,
                   float* cells_out, float* log_out, float* x_out, const float* context, long tensors, const int* tensor,
                   float scale, float* theta_grads, int threads) {

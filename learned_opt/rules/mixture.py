@@ -20,6 +20,7 @@ hypergradients (Baydin et al. 2018); when, by how much, and for how long it is r
 
 With `signal` it is told, as well, how much of the tensor's gradient is signal. In noise a gradient agrees little with
 its past, however short the steps are; a rule that shrinks steps below a certain agreement then shrinks them for ever.
+
 With `leak` some of what steps have grown or shrunk by is forgotten where the signal is weak and y₅ speaks for neither:
 sₜ = (1 − leak·(1 − ρ)²·(1 − tanh²(y₅)))·sₜ₋₁ + growth·tanh(y₅), with ρ what it is told of the signal. There y₅ is a
 little below zero for ever, and steps would shrink to nothing; so they stay where both are in balance. What tells
