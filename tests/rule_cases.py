@@ -7,7 +7,6 @@ import torch
 
 from learned_opt.rules import UpdateRule, slice_coordinates
 from learned_opt.rules.context import Context
-from learned_opt.rules.features import NUM_CONTEXT
 from learned_opt.task import Tensors
 
 
@@ -18,8 +17,9 @@ def told(rule: UpdateRule, n: int, num_steps: int | None = None, seed: int = 7) 
     generator = torch.Generator().manual_seed(seed)
     steps = () if num_steps is None else (num_steps,)
     values = torch.randn(*steps, rule.num_context, 3, generator=generator)
-    if rule.num_context > NUM_CONTEXT + 1:
-        values[..., -1, :] = values[..., -1, :].sigmoid()  # loudness is a share
+    shares = sum(rule.settings()[name] > 0 for name in ("loudness", "clip"))  # the last rows
+    if shares:
+        values[..., -shares:, :] = values[..., -shares:, :].sigmoid()
     return Context(values, torch.randint(3, (n,), generator=generator, dtype=torch.int32).sort().values)
 
 
@@ -38,7 +38,7 @@ def arguments(context: Context | None) -> tuple[Context, ...]:
 
 
 def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
-    """The context [4 to 6] of a mixture's one tensor: cosines, written as they are defined, and lengths."""
+    """The context [4 to 7] of a mixture's one tensor: cosines, written as they are defined, and lengths."""
     c = rule.settings()
     average, recent = (
         beta * v + (1 - beta) * grads**2 for beta, v in zip((c["square"], c["recent_square"]), state["v"])
@@ -66,6 +66,10 @@ def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> 
         heard = now[now != 0]
         loudness = c["loudness"] * (heard**2).mean() if len(heard) else told.new_zeros(())
         told = torch.cat([told, loudness.clamp_max(1)[None]])
+    if c["clip"]:
+        before = state["v"][1].sum() / (1 - c["recent_square"] ** state["step"].max().clamp_min(1))
+        length, most = grads.norm(), c["clip"] * before.sqrt()
+        told = torch.cat([told, (most / length if length > most > 0 else torch.ones_like(length))[None]])
     return told
 
 

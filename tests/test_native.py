@@ -29,6 +29,8 @@ VARIANTS = {name: (name, {}) for name in rules.RULES if hasattr(rules.get(name),
     "hushed": ("mixture", {"growth": 0.2, "signal": True, "loudness": 0.5}),
     "leaking": ("mixture", {"growth": 0.2, "signal": True, "leak": 0.3}),
     "hushed_and_leaking": ("mixture", {"growth": 0.2, "leak": 0.2, "signal": True, "loudness": 0.5}),
+    "clipping": ("mixture", {"growth": 0.2, "clip": 1.5}),
+    "all_of_them": ("mixture", {"growth": 0.2, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5}),
     "doubting": ("mixture", {"growth": 0.2, "doubt": 0.8}),
     "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 5, "dense_units": 3, "output_tanh": False}),
     "three_layers_log": (
@@ -202,7 +204,8 @@ def test_backward_is_autograds(rule, num_steps):
 
 def test_vjp_is_autograds(rule):
     theta, generator = theta_of(rule), torch.Generator().manual_seed(3)
-    for n in (1, 33, 600):
+    clips = rule.settings().get("clip", 0) > 0  # alone in its tensor, what is clipped has a derivative of zero
+    for n in (33, 600) if clips else (1, 33, 600):
         state, grads, d_update = started(rule, theta, n), grads_of(n)[0] + 0.1, torch.randn(n, generator=generator)
         d_state = {name: torch.randn(v.shape, generator=generator) for name, v in state.items()}
         layout = (TensorLayout((n // 3, n - n // 3)) if n > 1 else TensorLayout((1,)),) if rule.num_context else ()
@@ -487,7 +490,10 @@ def test_a_compiler_that_never_ends(source, cache, monkeypatch, tmp_path):
         assert build.load(source, ["-DANSWER=42"]) is None
 
 
-@pytest.mark.parametrize("settings", [{}, {"signal": True}, {"signal": True, "loudness": 0.5}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"signal": True}, {"signal": True, "loudness": 0.5}, {"clip": 1.5}, {"signal": True, "clip": 2.0}],
+)
 def test_sums_over_tensors(settings):
     rule = rules.get("mixture", growth=0.2, **settings)
     theta, sizes = theta_of(rule), (1, 3000, 40, 7)
@@ -506,16 +512,22 @@ def test_sums_over_tensors(settings):
     torch.testing.assert_close(spoiled, context(rule, whole, state, layout).values, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.5])
 @pytest.mark.parametrize(("signal", "loudness"), [(False, 0.0), (True, 0.0), (True, 0.4)])
-def test_agreement_is_what_it_is_in_torch(signal, loudness):
-    rule = rules.get("paced", signal=signal, loudness=loudness)
+def test_agreement_is_what_it_is_in_torch(signal, loudness, clip):
+    rule = rules.get("paced", signal=signal, loudness=loudness, clip=clip)
     a, *averages = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pairs = [(a, a), *((b, b) for b in averages), *((a, b) for b in averages), *itertools.combinations(averages, 2)]
     sums = torch.stack([(one * other).sum(0) for one, other in (*pairs, *[pairs[3], (a, a)] * signal)])
     sums[:, 2], sums[1, 3], sums[0, 4] = 0, float("nan"), 1e-300
     want, kernel = agreement(sums, loudness), native.kernel(rule.native_shape)
-    torch.testing.assert_close(kernel.agreement(sums, loudness), want, rtol=1e-14, atol=0)
-    assert rule.context_of(sums).equal(kernel.agreement(sums, loudness)) and (want[:, 2] == 0).all()
+    assert (want[:, 2] == 0).all()
+    if clip:
+        squares = torch.tensor([[9.0, 0.0, 1e-300, 9.0, 2.0], [1.0, 1.0, 1e-302, 0.0, 1.0]], dtype=torch.float64)
+        factors = torch.tensor([0.5, 1.0, 0.15, 1.0, 1.0], dtype=torch.float64)
+        sums, want = torch.cat([sums, squares]), torch.cat([want, factors[None]])
+    torch.testing.assert_close(kernel.agreement(sums, loudness, clip), want, rtol=1e-14, atol=0)
+    assert rule.context_of(sums).equal(kernel.agreement(sums, loudness, clip))
     assert rule.context_of(sums.requires_grad_()).requires_grad
 
 

@@ -18,6 +18,8 @@ from learned_opt.rules.features import (
     agreement,
     agreement_terms,
     bounded_square,
+    clip_factor,
+    clip_terms,
     doubted,
     doubtful_ratio,
     log_and_sign,
@@ -36,6 +38,8 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "hushed": ("mixture", {"growth": 0.1, "signal": True, "loudness": 0.5}),
     "leaking": ("mixture", {"growth": 0.1, "signal": True, "leak": 0.3}),
     "hushed_and_leaking": ("mixture", {"growth": 0.1, "leak": 0.2, "signal": True, "loudness": 0.5}),
+    "clipping": ("mixture", {"growth": 0.1, "clip": 1.5}),
+    "all_of_them": ("mixture", {"growth": 0.1, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5}),
     "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
 N, STEPS = 11, 6
@@ -576,6 +580,49 @@ def test_steps_grow_the_less_the_quieter_gradients_are():
     assert max(grown(-0.8, 1.0)) < -0.02 and grown(-0.8, 0.1) == grown(-0.8, 1.0)  # they shrink as they do
 
 
+@pytest.mark.usefixtures("kernels")
+def test_clipped_gradients_count_for_what_they_are_clipped_to():
+    """A tensor's gradient may be so many times the root of its recent average square; what is more is not heard."""
+    plain, rule = rules.get("paced", recent_square=0.5), rules.get("paced", clip=3.0, recent_square=0.5)
+    theta, layout = theta_of(rule), TensorLayout((3, 2))
+    grads = torch.tensor([[1.0, -2.0, 2.0, 1.0, -1.0]] * 3 + [[100.0, 0.0, 0.0, 1.0, -1.0]]).double()
+    factors = told_in_a_run(rule, theta, grads, layout)[:, -1]
+    assert factors[:3].tolist() == [[1.0, 1.0]] * 3  # the first has no past, the others are what they were
+    assert factors[3].tolist() == pytest.approx([9 / 100, 1.0])  # three times the three that it was long
+    clipped = grads.clone()
+    clipped[3, 0] = 9.0
+    state, want = rule.init_state(5, dtype=torch.float64), plain.init_state(5, dtype=torch.float64)
+    for grad, heard in zip(grads, clipped):
+        before = context(rule, grad, state, layout).rows(5)
+        update, state = rule.update(theta, grad, torch.zeros(5), state, before)
+        expected, want = plain.update(theta, heard, torch.zeros(5), want, before[:-1])
+        torch.testing.assert_close(update, expected, rtol=1e-12, atol=0)
+    for name, value in want.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_gradients_may_grow_without_end_where_they_are_clipped():
+    """After 100 steps of ones come steps of 1,000: with decay 0.8 and clip 4 what passes doubles, √(0.8 + 0.2 · 16)."""
+    rule = rules.get("paced", clip=4.0, recent_square=0.8)
+    grads = torch.cat([torch.ones(100, 2), torch.full((12, 2), 1000.0)])
+    factors = told_in_a_run(rule, theta_of(rule, torch.float32), grads, TensorLayout((2,)))[:, -1, 0]
+    want = [0.004 * 2**t for t in range(8)]
+    assert factors[:100].tolist() == [1.0] * 100 and factors[100:108].tolist() == pytest.approx(want, rel=1e-4)
+    assert factors[108:].tolist() == [1.0] * 4
+
+
+def test_squares_that_clip():
+    state = {"v": torch.tensor([[0.0] * 3, [0.5, math.inf, 1.0]]).double(), "step": torch.tensor([2.0]).double()}
+    got = clip_terms(torch.tensor([3.0, 1.0, math.nan]).double(), state, 0.5)
+    assert got.tolist() == [[9.0, 0.0, 0.0], [pytest.approx(0.5 / 0.75), 0.0, 0.0]]
+    now, recent = torch.tensor([64.0, 15.9, 1.0, 0.0]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    assert clip_factor(now, recent, 4.0).tolist() == [0.5, 1.0, 1.0, 1.0]
+    now.requires_grad_()
+    clip_factor(now, recent, 4.0).sum().backward()
+    assert now.grad is not None and now.grad.tolist() == pytest.approx([-0.5 * 0.5 / 64, 0.0, 0.0, 0.0])
+
+
 def test_a_leak_lets_steps_return_where_nothing_speaks_for_either():
     """A constant rate r has the fixed point growth·r / (leak·(1 − ρ)²·(1 − r²)); none lets what has grown decay."""
     rule = rules.get("paced", growth=0.1, signal=True, leak=0.2)
@@ -919,6 +966,10 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("mixture", {"signal": True}, "signal needs growth: .*; give a growth above 0"),
         ("paced", {"signal": True, "loudness": -1.0}, "loudness must be finite and not negative; got -1.0"),
         ("paced", {"loudness": 64.0}, "loudness needs signal: it is told beside it; got 64.0 without; set signal"),
+        ("paced", {"clip": 1.0}, "clip must be finite and over 1, or 0 for none; got 1.0"),
+        ("paced", {"clip": -4.0}, "clip must be finite and over 1, or 0 for none; got -4.0"),
+        ("paced", {"clip": math.inf}, "clip must be finite and over 1, or 0 for none; got inf"),
+        ("mixture", {"clip": 4.0}, "clip needs growth: .*; give a growth above 0"),
         ("mixture", {"doubt": 1.0}, r"doubt must lie in \[0, 1\); got 1.0"),
         ("mixture", {"doubt": -0.5}, r"doubt must lie in \[0, 1\); got -0.5"),
         ("paced", {"growth": -0.1}, "growth must be finite and not negative; got -0.1"),

@@ -262,3 +262,32 @@ def agreement(sums: torch.Tensor, loudness: float = 0.0) -> torch.Tensor:
     if len(sums) > _NUM_SUMS and loudness:
         told = torch.cat([told, (loudness * a / sums[_NUM_SUMS + 1].clamp_min(1)).clamp_max(1)[None]])
     return told
+
+
+def clip_terms(grads: torch.Tensor, state: Tensors, beta: float) -> torch.Tensor:
+    """The squares that `clip_factor` needs summed over a tensor's coordinates, [2, n].
+
+    They are those of the gradient, and what they have been of late, without the bias of a young average. Where one is
+    not finite both count zero.
+
+    Args:
+        grads: [n].
+        state: before the step: "v" [2 or 3, n], with the recent average square second, and "step" [n] or [1].
+        beta: decay of that average.
+    """
+    now, recent = grads * grads, state["v"][1]
+    sound = now.detach().isfinite() & recent.detach().isfinite()
+    age = state["step"].to(grads.dtype).clamp_min(1)  # before the first step the average is zero
+    return torch.where(sound, torch.stack([now, recent / bias_correction(age, beta)]), 0.0)
+
+
+def clip_factor(now: torch.Tensor, recent: torch.Tensor, most: float) -> torch.Tensor:
+    """What a tensor's gradient is multiplied by, so that it is no longer than `most` times what it was of late.
+
+    Args:
+        now, recent: of `clip_terms`, summed over the tensor; a tensor without a past keeps its gradient.
+        most: over 1.
+    """
+    bound = most * most * recent
+    loud = (now > bound) & (bound > 0)
+    return torch.where(loud, (torch.where(loud, bound, 1.0) / torch.where(loud, now, 1.0)).sqrt(), 1.0)

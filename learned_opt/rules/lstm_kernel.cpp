@@ -13,7 +13,7 @@
 // DIRECTIONS: 0 where the one output is the update, else how many directions the update is mixed from, and CONTEXT: how
 // many of the features are of the whole parameter tensor and are given. With CONTEXT there is one more output, and
 // weights from the features to it, output.skip [FEATURES], at the end of theta: it makes the mixed step grow or shrink
-// from one time to the next.
+// from one time to the next. CLIPS (0 or 1): whether the context has one more row, which multiplies the gradient.
 
 #include <cmath>
 #include <cstddef>
@@ -46,7 +46,7 @@ typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alia
 constexpr bool GROWS = CONTEXT > 0;
 constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the fifth number of the context, by which steps leak
 constexpr bool HUSHED = CONTEXT > 5;        // the sixth, by which steps grow less
-constexpr int SKIPS = GROWS ? FEATURES : 0;
+constexpr int SKIPS = GROWS ? FEATURES : 0, TOLD = CONTEXT + CLIPS;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
 constexpr float MOST_SHRUNK = 12.0f;              // bound of the logarithm that a step has shrunk by
 constexpr int ROWS = FEATURES + DIRECTIONS;      // what is computed from the gradients, or given
@@ -330,7 +330,7 @@ struct Inputs {
   const unsigned char* active;  // [steps, n], GIVEN
   const float* log_size;   // [state_ld], GROWS: what the step has grown or shrunk by
   float growth, most_grown, leak;  // the most that it changes by in a step, its upper bound, the share it forgets
-  const float* context;    // [steps, CONTEXT, tensors], but for GIVEN; null for zero
+  const float* context;    // [steps, TOLD, tensors], but for GIVEN; null for zero, and no clipping
   long tensors;
   const int* tensor;       // [n], which tensor a coordinate belongs to; null where there is one
 };
@@ -481,9 +481,13 @@ void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a,
     same = same && a.step[j] == a.step[0];
   }
   if (in.kind == MOMENTA) {
+    if (CLIPS && in.context) {
+      const float* factors = in.context + (ptrdiff_t(t) * TOLD + CONTEXT) * in.tensors;
+      for (int j = 0; j < width; ++j) g[j] *= factors[in.tensor ? in.tensor[column + j] : 0];
+    }
     momenta(in, g, same, a, out, active);
     for (int c = 0; c < CONTEXT; ++c) {
-      const float* values = in.context ? in.context + (ptrdiff_t(t) * CONTEXT + c) * in.tensors : nullptr;
+      const float* values = in.context ? in.context + (ptrdiff_t(t) * TOLD + c) * in.tensors : nullptr;
       float* row = out + (FEATURES - CONTEXT + c) * WIDTH;
       for (int j = 0; j < WIDTH; ++j)
         row[j] = !values || j >= width ? 0.0f : values[in.tensor ? in.tensor[column + j] : 0];
@@ -1012,7 +1016,8 @@ void lstm_normalized_back(const float* grads, const float* m, const float* v, co
 // a², b₁², b₂², b₃², a b₁, a b₂, a b₃, b₁ b₂, b₁ b₃ and b₂ b₃, where a is the gradient and b the averages of it before the
 // step, all divided by the root of the average square after it, bounded as in `features.bounded_square`, and b₂ and b₃
 // faded beside the root of the recent one; where the signal is told, b₃² once more, without the bias that an average has
-// after so many steps, and how many a there are that are not zero. What is not finite is left out. sums [10 or 12, tensors].
+// after so many steps, and how many a there are that are not zero. With CLIPS the last two are those of
+// `features.clip_terms`. What is not finite is left out. sums [10 to 14, tensors].
 void lstm_context(const float* grads, const float* m, const float* v, long ld, const float* step, int shared_step,
                   double slow_beta, double beta, double recent_beta, double doubt_beta, float ratio, const long* bounds,
                   long tensors, double* sums, int threads) {
@@ -1022,10 +1027,10 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
   const int num_v = doubt_keep > 0.0f ? 3 : 2;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && bounds[tensors] > 4096)
   for (long s = 0; s < tensors; ++s) {
-    double total[10] = {}, heard = 0.0;
+    double total[10] = {}, heard = 0.0, now_sum = 0.0, recent_sum = 0.0;
     for (long start = bounds[s]; start < bounds[s + 1]; start += 1024) {
       const long stop = bounds[s + 1] < start + 1024 ? bounds[s + 1] : start + 1024;
-      float part[10][WIDTH] = {}, count[WIDTH] = {};
+      float part[10][WIDTH] = {}, count[WIDTH] = {}, loud[WIDTH] = {}, calm[WIDTH] = {};
       for (long i = start; i < stop; i += WIDTH) {
         const int width = stop - i < WIDTH ? int(stop - i) : WIDTH;
         alignas(64) float x[7][WIDTH], most_ratio[WIDTH];
@@ -1035,6 +1040,11 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
         most_of(ratio, x[0], x[5], x[6], doubt_keep, doubt_rest, most_ratio);
         for (int j = 0; j < WIDTH; ++j) {
           const float now = x[0][j] * x[0][j], recent = x[5][j] * recent_keep + now * recent_rest;
+          if (CLIPS) {
+            const bool finite = (now < INFINITY) & (std::fabs(x[5][j]) < INFINITY);
+            loud[j] += finite ? now : 0.0f;
+            calm[j] += finite ? x[5][j] : 0.0f;
+          }
           const float square = bounded(x[4][j] * keep + now * rest, recent, x[0][j], most_ratio[j]);
           const float scale = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f, most = std::sqrt(recent) * scale;
           float a = x[0][j] * scale, b1 = x[1][j] * scale;
@@ -1060,19 +1070,27 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
       for (int k = 0; k < 10; ++k)
         for (int j = 0; j < WIDTH; ++j) total[k] += part[k][j];
       for (int j = 0; j < WIDTH && TELLS_SIGNAL; ++j) heard += count[j];
+      for (int j = 0; j < WIDTH && CLIPS; ++j) {
+        now_sum += loud[j];
+        recent_sum += calm[j];
+      }
     }
     for (int k = 0; k < 10; ++k) sums[k * tensors + s] = total[k];
+    const double steps = step[shared_step ? 0 : bounds[s]], age = steps > 1.0 ? steps : 1.0;
+    if (CLIPS) {
+      sums[(10 + 2 * TELLS_SIGNAL) * tensors + s] = now_sum;
+      sums[(11 + 2 * TELLS_SIGNAL) * tensors + s] = recent_sum / -std::expm1(age * std::log(recent_beta));
+    }
     if (TELLS_SIGNAL) {
-      const double age = step[shared_step ? 0 : bounds[s]];
-      const double correction = -std::expm1((age > 1.0 ? age : 1.0) * std::log(slow_beta));
+      const double correction = -std::expm1(age * std::log(slow_beta));
       sums[10 * tensors + s] = total[3] / (correction * correction);
       sums[11 * tensors + s] = heard;
     }
   }
 }
 
-// See `features.agreement`: from those sums to how well they agree, [4 to 6, tensors].
-void lstm_agreement(const double* sums, long tensors, double loudness, double* out) {
+// See `features.agreement` and `features.clip_factor`: what those sums say, [4 to 7, tensors].
+void lstm_agreement(const double* sums, long tensors, double loudness, double clip, double* out) {
   for (long s = 0; s < tensors; ++s) {
     double q[10];
     for (int k = 0; k < 10; ++k) q[k] = sums[k * tensors + s];
@@ -1090,6 +1108,11 @@ void lstm_agreement(const double* sums, long tensors, double loudness, double* o
     if (HUSHED) {
       const double heard = sums[11 * tensors + s], loud = loudness * q[0] / (heard > 1.0 ? heard : 1.0);
       out[5 * tensors + s] = loud < 1.0 ? loud : 1.0;
+    }
+    if (CLIPS) {
+      const int at = 10 + 2 * TELLS_SIGNAL;
+      const double now = sums[at * tensors + s], most = clip * clip * sums[(at + 1) * tensors + s];
+      out[CONTEXT * tensors + s] = (now > most) & (most > 0.0) ? std::sqrt(most / now) : 1.0;
     }
   }
 }

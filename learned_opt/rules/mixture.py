@@ -30,6 +30,10 @@ With `loudness` steps grow less the quieter gradients are beside what they are d
 data by heart has many batches with next to no gradient, which agree, and steps that had grown on them would throw it
 out at the next one that has more.
 
+With `clip` that next gradient is scaled down, too: a tensor's gradient that is larger than so many times what it has
+been of late counts for no more than that, in the step and in the averages. What it has been of late follows, by a
+factor of up to two in each step where `clip` is 4, so that gradients may still become as large as they like.
+
 Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction times the exponential
 of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
 """
@@ -55,6 +59,8 @@ from learned_opt.rules.features import (
     NUM_MOMENTA,
     agreement,
     agreement_terms,
+    clip_factor,
+    clip_terms,
     momenta,
 )
 from learned_opt.task import Tensors
@@ -87,6 +93,8 @@ class MixtureRuleConfig(RuleConfig):
             nothing and nothing speaks for longer or shorter ones, in [0, 1); needs `signal`.
         loudness: with it the LSTM is told how loud gradients are, too, the mean of their squares over the average ones
             times this, at most one; and steps grow by so much less. At least 0, which leaves it out; needs `signal`.
+        clip: the most that a tensor's gradient may be of what it has been of late, the root of the recent average
+            square summed over the tensor; a larger one is scaled down to that. Over 1, or 0 for none; needs `growth`.
         basis: matrices are taken in the eigenvectors of their gradients' second moments (`learned_opt.rules.basis`)
             along sides of at most so many rows or columns; 0 for none.
         basis_decay: decay of those second moments, in [0, 1).
@@ -109,6 +117,7 @@ class MixtureRuleConfig(RuleConfig):
     signal: bool = False
     leak: float = 0.0
     loudness: float = 0.0
+    clip: float = 0.0
     basis: int = 0
     basis_decay: float = 0.95
     basis_every: int = 5
@@ -134,6 +143,10 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(f"loudness must be finite and not negative; got {self.loudness}")
         if self.loudness and not self.signal:
             raise ValueError(f"loudness needs signal: it is told beside it; got {self.loudness} without; set signal")
+        if self.clip and not 1 < self.clip < math.inf:
+            raise ValueError(f"clip must be finite and over 1, or 0 for none; got {self.clip}")
+        if self.clip and not self.growth:
+            raise ValueError("clip needs growth: without it nothing is asked of whole tensors; give a growth above 0")
         for name in ("hidden_size", "basis_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -163,7 +176,8 @@ class MixtureRule(CompiledRule):
 
     def __init__(self, config: MixtureRuleConfig | None = None) -> None:
         c = self.config = config or MixtureRuleConfig()
-        self.num_context = NUM_CONTEXT + c.signal + (c.loudness > 0) if c.growth else 0
+        self._num_told = NUM_CONTEXT + c.signal + (c.loudness > 0) if c.growth else 0
+        self.num_context = self._num_told + (c.clip > 0)  # the last row is not told but multiplies the gradient
         self.basis = Basis(longest=c.basis, decay=c.basis_decay, every=c.basis_every) if c.basis else None
 
     def init_theta(self, generator: torch.Generator) -> Tensors:
@@ -198,19 +212,25 @@ class MixtureRule(CompiledRule):
 
     @property
     def _num_inputs(self) -> int:
-        return NUM_EVEN + self.num_context
+        return NUM_EVEN + self._num_told
 
     @property
     def _num_outputs(self) -> int:
         return 1 + NUM_DIRECTIONS + (self.config.growth > 0)
 
     def context_terms(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
-        return agreement_terms(grads, state, self.config.betas, self.config.square_ratio, self.config.signal)
+        c = self.config
+        terms = agreement_terms(grads, state, c.betas, c.square_ratio, c.signal)
+        return torch.cat([terms, clip_terms(grads, state, c.recent_square)]) if c.clip else terms
 
     def context_of(self, sums: torch.Tensor) -> torch.Tensor:
         kernel = native.kernel(self.native_shape) if native.unrecorded(sums, dtype=torch.float64) else None
-        loudness = self.config.loudness
-        return agreement(sums, loudness) if kernel is None else kernel.agreement(sums, loudness)
+        loudness, clip = self.config.loudness, self.config.clip
+        if kernel is not None:
+            return kernel.agreement(sums, loudness, clip)
+        if not clip:
+            return agreement(sums, loudness)
+        return torch.cat([agreement(sums[:-2], loudness), clip_factor(sums[-2], sums[-1], clip)[None]])
 
     def context_sums(self, grads: torch.Tensor, state: Tensors, layout: TensorLayout) -> torch.Tensor:
         kernel = native.kernel(self.native_shape) if native.usable(grads, *state.values()) else None
@@ -237,9 +257,9 @@ class MixtureRule(CompiledRule):
         context: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Tensors]:
         c = self.config
+        grads, told = self._heard(grads, context)
         directions, inputs, new_state, active = momenta(grads, state, c.betas, c.square_ratio, c.eps)
-        told = [grads.new_zeros(self.num_context, len(grads)) if context is None else context] if c.growth else []
-        joined = torch.cat([inputs, *told, state["hidden"][0]])
+        joined = torch.cat([inputs, told, state["hidden"][0]])
         gates = torch.addmm(theta["lstm.0.bias"][:, None], theta["lstm.0.weight"], joined)
         i, f, o = gates[: 3 * c.hidden_size].sigmoid().chunk(3)
         cell = f * state["cell"][0] + i * gates[3 * c.hidden_size :].tanh()
@@ -260,6 +280,12 @@ class MixtureRule(CompiledRule):
         update = log_size.exp() * c.output_scale * (out[1 : 1 + NUM_DIRECTIONS] * directions).sum(0)
         return torch.where(active, update, 0.0), new_state
 
+    def _heard(self, grads: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient, clipped, and what the LSTM is told of its tensor: zeros without context."""
+        if context is None:
+            return grads, grads.new_zeros(self._num_told, len(grads))
+        return grads * context[-1] if self.config.clip else grads, context[: self._num_told]
+
     @functools.cached_property
     def native_shape(self) -> native.Shape:
         """What the kernel is compiled for."""
@@ -270,7 +296,8 @@ class MixtureRule(CompiledRule):
             hidden_size=self.config.hidden_size,
             output_tanh=False,
             num_directions=NUM_DIRECTIONS,
-            num_context=self.num_context,
+            num_context=self._num_told,
+            clips=self.config.clip > 0,
         )
 
     @functools.cached_property
@@ -295,10 +322,8 @@ class MixtureRule(CompiledRule):
     def native_rows(
         self, grads: torch.Tensor, state: Tensors, layout: TensorLayout | None
     ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
+        grads, told = self._heard(grads, self.context_rows(grads, state, layout))
         directions, inputs, after, active = momenta(
             grads, state, self.config.betas, self.config.square_ratio, self.config.eps
         )
-        told = self.context_rows(grads, state, layout)
-        if told is None:
-            told = grads.new_zeros(self.num_context, len(grads))
         return torch.cat([inputs, told, directions]), after, active

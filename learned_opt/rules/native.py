@@ -40,6 +40,7 @@ class Shape:
         num_directions: 0 where the one output is the update; else how many directions the update is mixed from.
         num_context: how many of the features are of the whole parameter tensor. With any, one more output changes
             "log_size", the logarithm of what a mixed step is multiplied by.
+        clips: whether there is one more row of context, which multiplies the gradient.
     """
 
     num_features: int
@@ -49,6 +50,7 @@ class Shape:
     output_tanh: bool
     num_directions: int = 0
     num_context: int = 0
+    clips: bool = False
 
     def defines(self) -> list[str]:
         """The compiler's arguments."""
@@ -60,6 +62,7 @@ class Shape:
             "OUTPUT_TANH": int(self.output_tanh),
             "DIRECTIONS": self.num_directions,
             "CONTEXT": self.num_context,
+            "CLIPS": int(self.clips),
         }
         return [f"-D{name}={value}" for name, value in values.items()]
 
@@ -323,7 +326,7 @@ class LSTMKernel:
         return out, d_grads
 
     def context_sums(self, grads: torch.Tensor, state: Tensors, inputs: Inputs, layout: TensorLayout) -> torch.Tensor:
-        """The sums [10 or 12, tensors] that `features.agreement_terms` describes, in float64.
+        """The sums that `features.agreement_terms` and `features.clip_terms` describe, float64 [10 to 14, tensors].
 
         Args:
             grads: [n].
@@ -334,7 +337,8 @@ class LSTMKernel:
         calls.check(grads)
         rows, spacing = calls.in_rows({"m": state["m"], "v": state["v"]}, grads.shape[0])
         bounds = calls.bounds(layout)
-        sums = grads.new_empty(10 + 2 * self._tells_signal, len(bounds) - 1, dtype=torch.float64)
+        num_sums = 10 + 2 * self._tells_signal + 2 * self.shape.clips
+        sums = grads.new_empty(num_sums, len(bounds) - 1, dtype=torch.float64)
         grads, step = grads.contiguous(), state["step"].contiguous()
         self._context(
             *(grads.data_ptr(), rows["m"].data_ptr(), rows["v"].data_ptr(), spacing),
@@ -344,10 +348,10 @@ class LSTMKernel:
         )
         return sums
 
-    def agreement(self, sums: torch.Tensor, loudness: float = 0.0) -> torch.Tensor:
-        """`features.agreement` of such sums, float64 on the CPU: float64 [4 to 6, tensors], as the shape has it."""
-        out = sums.new_empty(max(NUM_CONTEXT, self.shape.num_context), sums.shape[1])
-        self._agreement(sums.contiguous().data_ptr(), sums.shape[1], loudness, out.data_ptr())
+    def agreement(self, sums: torch.Tensor, loudness: float = 0.0, clip: float = 0.0) -> torch.Tensor:
+        """`features.agreement` of such sums and, below it, `features.clip_factor`: float64 [4 to 7, tensors]."""
+        out = sums.new_empty(max(NUM_CONTEXT, self.shape.num_context) + self.shape.clips, sums.shape[1])
+        self._agreement(sums.contiguous().data_ptr(), sums.shape[1], loudness, clip, out.data_ptr())
         return out
 
     def _run(

@@ -35,7 +35,7 @@ def declare(library: ctypes.CDLL) -> None:
         *(*three, long, pointer, integer, *(ctypes.c_double,) * 4, real),
         *(pointer, long, pointer, integer),
     ]
-    library.lstm_agreement.argtypes = [pointer, long, ctypes.c_double, pointer]
+    library.lstm_agreement.argtypes = [pointer, long, ctypes.c_double, ctypes.c_double, pointer]
     library.lstm_normalized_back.argtypes = [
         *(pointer, pointer, pointer, pointer, ctypes.c_double, real, long),
         *(pointer, pointer, pointer, pointer, pointer, integer),
