@@ -1,7 +1,7 @@
 """What a step of the learned optimizers costs beside one of `torch.optim.AdamW`, and the state they keep.
 
     python benchmarks/step.py [--rule compact …] [--threads 1 2] [--repeats 15] [--json benchmarks/results/step.json]
-    python benchmarks/step.py --rule turned paced --widths 64 128 128 10       an MLP of other widths
+    python benchmarks/step.py --rule --weights compact [FILE …] --widths 64 128 128 10    exported ones, another MLP
     python benchmarks/step.py --device cuda [--rule compact …] [--model vit_b16 gpt2_small] [--json …]
 
 The model is an MLP with 1.0 M parameters. Steps of all optimizers are interleaved, so that what else the machine does
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from learned_opt import Artifact, LearnedOptimizer, rules
+from learned_opt import Artifact, LearnedOptimizer, load, rules
 from learned_opt.rules import fused
 
 _STEPS = 5  # are timed at once: a basis changes in one of so many
@@ -49,12 +49,15 @@ def model(widths: Sequence[int] = WIDTHS) -> nn.Sequential:
     return net
 
 
-def optimizers(names: list[str], widths: Sequence[int] = WIDTHS) -> dict[str, torch.optim.Optimizer]:
-    """AdamW and one learned optimizer of each rule, every one on a model of its own."""
+def optimizers(
+    names: Sequence[str], weights: Sequence[str], widths: Sequence[int] = WIDTHS
+) -> dict[str, torch.optim.Optimizer]:
+    """AdamW, a learned optimizer of each rule, and those of exported files, every one on a model of its own."""
     out: dict[str, torch.optim.Optimizer] = {"AdamW": torch.optim.AdamW(model(widths).parameters(), lr=1e-5)}
-    for name in names:
-        rule = rules.get(name)
-        artifact = Artifact.of(rule, rule.init_theta(torch.Generator().manual_seed(0)), name=name)
+    fresh = {name: (rules.get(name), rules.get(name).init_theta(torch.Generator().manual_seed(0))) for name in names}
+    artifacts = {name: Artifact.of(rule, theta, name=name) for name, (rule, theta) in fresh.items()}
+    artifacts |= {f"weights {file}": load(file) for file in weights}
+    for name, artifact in artifacts.items():
         out[name] = LearnedOptimizer(model(widths).parameters(), artifact)
         out[f"{name}, guarded"] = LearnedOptimizer(model(widths).parameters(), artifact, guard=True)
     return out
@@ -83,10 +86,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> float:
     return sum(v.numel() * v.element_size() for v in rows) / num_parameters
 
 
-def measure(names: list[str], num_threads: int, repeats: int, widths: Sequence[int] = WIDTHS) -> list[dict[str, Any]]:
+def measure(
+    names: Sequence[str], weights: Sequence[str], num_threads: int, repeats: int, widths: Sequence[int] = WIDTHS
+) -> list[dict[str, Any]]:
     """One row per optimizer: medians of wall and CPU milliseconds, and their ratios to AdamW's."""
     torch.set_num_threads(num_threads)
-    subjects = optimizers(names, widths)
+    subjects = optimizers(names, weights, widths)
     wall: dict[str, list[float]] = {name: [] for name in subjects}
     cpu: dict[str, list[float]] = {name: [] for name in subjects}
     steps = {name: FallingLoss(optimizer) for name, optimizer in subjects.items()}
@@ -230,8 +235,9 @@ def main() -> None:
     """Print the table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rule", nargs="+", default=["turned", "compact", "mixture", "rnnprop", "l2l"], choices=sorted(rules.RULES)
+        "--rule", nargs="*", default=["turned", "compact", "mixture", "rnnprop", "l2l"], choices=sorted(rules.RULES)
     )
+    parser.add_argument("--weights", nargs="+", default=[], help="names that ship, or exported files; not on a device")
     parser.add_argument("--widths", nargs="+", type=int, default=WIDTHS, help="of the MLP's layers")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--repeats", type=int, default=15)
@@ -250,7 +256,7 @@ def main() -> None:
     rows = []
     load = os.getloadavg()[0]
     for num_threads in arguments.threads:
-        for row in measure(arguments.rule, num_threads, arguments.repeats, arguments.widths):
+        for row in measure(arguments.rule, arguments.weights, num_threads, arguments.repeats, arguments.widths):
             rows.append(row)
             print(
                 f"| {row['optimizer']} | {row['threads']} | {row['wall_ms']:.1f} | {row['wall_ratio']:.0f} | "
