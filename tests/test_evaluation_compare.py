@@ -171,8 +171,9 @@ def test_diverged_tasks_are_counted_and_make_means_infinite():
     reference = losses * 2
     losses[9:, 4] = np.nan
     losses[:, 5] = np.linspace(1, 3, 21)
+    losses[4:6, 2] = 0.1, 2.5
     scores = score(losses, {}, reference, CONFIG)
-    assert (scores.num_tasks, scores.num_diverged, scores.num_above_start) == (6, 1, 2)
+    assert (scores.num_tasks, scores.num_diverged, scores.num_above_start, scores.num_thrown_back) == (6, 1, 2, 1)
     assert scores.final_loss.value == scores.mean_loss.value == scores.final_ratio.value == math.inf
     assert scores.task_final_ratio.value == 0.5
     # 2 → 1 passes the reference's final loss of 2 at once; the diverged task too, the rising one as well.

@@ -23,6 +23,19 @@ def test_final_loss_is_the_mean_over_the_last_twentieth(horizon, window):
     np.testing.assert_allclose(metrics.final_losses(ramp(horizon, 3)), want)
 
 
+def test_thrown_back_is_above_the_start_after_a_tenth_of_it():
+    curves = {
+        "falls": ([10.0, 2.0, 0.5, 0.4], False),
+        "rises at once": ([10.0, 11.0, 0.5, 0.4], False),
+        "leaps and returns": ([10.0, 0.9, 10.5, 0.4], True),
+        "leaps to the start, not above": ([10.0, 0.9, 10.0, 0.4], False),
+        "leaps from a tenth": ([10.0, 1.0, 20.0, 0.4], False),
+        "diverges": ([10.0, 0.9, 0.8, math.nan], True),
+    }
+    losses = np.array([values for values, _ in curves.values()]).T
+    assert metrics.thrown_back(losses).tolist() == [wanted for _, wanted in curves.values()]
+
+
 def test_mean_loss_leaves_the_initial_loss_out():
     losses = np.array([[1000.0, 2000.0], [1.0, 4.0], [2.0, 6.0]])
     np.testing.assert_array_equal(metrics.mean_losses(losses), [1.5, 5.0])

@@ -150,6 +150,7 @@ class Total:
         worst_family, worst_speedup: the family with the least interquartile mean of the speed-up, and that.
         share_reached: the share of all tasks on which it reaches the reference's final loss.
         num_tasks, num_diverged: over all families; the tasks of families without a result count as diverged.
+        num_thrown_back: tasks whose loss rose above the initial one after it had been below a tenth of that.
         missing: the families without a result.
     """
 
@@ -165,6 +166,7 @@ class Total:
     share_reached: float
     num_tasks: int
     num_diverged: int
+    num_thrown_back: int
     missing: tuple[str, ...]
 
 
@@ -263,6 +265,7 @@ def _total(name: str, rows: list[tuple[Result, Result]], num_resamples: int, con
         share_reached=sum(number * (s.share_reached or 0.0) for number, s in counts if s is not None) / num_tasks,
         num_tasks=num_tasks,
         num_diverged=sum(number if s is None else s.num_diverged for number, s in counts),
+        num_thrown_back=sum(0 if s is None else s.num_thrown_back for _, s in counts),
         missing=tuple(mine.family for mine, _ in rows if mine.scores is None),
     )
 
@@ -280,13 +283,13 @@ def totals_table(sums: Sequence[Total], reference: str) -> str:
         return ""
     timed = any(total.wall_speedup for total in sums)
     header = ["over all families", "speed-up", *(["in time"] if timed else []), "final / " + reference]
-    header += ["slowest family", "diverged"]
+    header += ["slowest family", "thrown back", "diverged"]
     rows = []
     for total in sorted(sums, key=lambda one: -one.speedup.value):
         intervals = [total.speedup, *([total.wall_speedup] if timed else []), total.final_ratio]
         rows.append([total.optimizer, *(format_cell(one, 3, True) for one in intervals)])
         rows[-1] += [f"{format_number(total.worst_speedup, 2)} {total.worst_family}"]
-        rows[-1] += [f"{total.num_diverged}/{total.num_tasks}"]
+        rows[-1] += [f"{number}/{total.num_tasks}" for number in (total.num_thrown_back, total.num_diverged)]
     widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
     lines = [format_line(row, widths) for row in [header, *rows]]
     return "\n".join([*lines, f"Interquartile means over {sums[0].num_tasks} tasks, relative to tuned {reference}."])

@@ -9,7 +9,8 @@ A loss that is not finite counts as infinitely bad, and every mean it enters is 
   change, is left out.
 * *Steps to reach* a target is the first step at which the running mean of the loss, over the same window as the final
   loss, is at or below the target. An optimizer reaches its own final loss at its last step or before.
-* A task has *diverged* if any of its losses is not finite.
+* A task has *diverged* if any of its losses is not finite, and was *thrown back* if one is above the initial loss
+  after another had been below a tenth of it.
 
 Intervals are percentile bootstrap intervals over tasks (Efron and Tibshirani 1993, chapter 13). Quantities that compare
 two optimizers resample the same tasks for both, since both ran on the same draws. A quantile is always one of the
@@ -84,6 +85,16 @@ def ended_above_start(losses: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Which tasks ended with a final loss above their initial loss, diverged ones among them, [num_tasks]."""
     curves = as_curves(losses)
     return np.asarray(final_losses(curves) > curves[0])
+
+
+def thrown_back(losses: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Which tasks had a loss below a tenth of their initial one, and above it again at some later step, [num_tasks].
+
+    A run that diverges after it had come so far is among them. What became of it afterwards makes no difference.
+    """
+    curves = as_curves(losses)
+    learned = np.logical_or.accumulate(curves < 0.1 * curves[0], axis=0)
+    return np.asarray((learned & (curves > curves[0])).any(0))
 
 
 def running_means(losses: npt.ArrayLike) -> Array:

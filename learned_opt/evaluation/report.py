@@ -85,7 +85,8 @@ def _headlines(comparison: Comparison, sums: Sequence[Total]) -> list[str]:
             page.paragraph(
                 f"{total.optimizer}: speed-up over tuned {comparison.reference} {_with_interval(total.speedup)} in "
                 f"steps{wall}; at least as fast on {sum(s >= 1 for s in speeds)} of {len(speeds)} families; "
-                f"{total.num_diverged} of {total.num_tasks} tasks diverged.",
+                f"of {total.num_tasks} tasks {total.num_diverged} diverged, and {total.num_thrown_back} were thrown "
+                "back above their first loss from below a tenth of it.",
                 "headline",
             )
         )

@@ -52,6 +52,7 @@ class Scores:
         num_tasks: meta-test tasks, over all seeds.
         num_diverged: those with a loss that is not finite.
         num_above_start: those that ended above their initial loss, diverged ones among them.
+        num_thrown_back: those that rose above their initial loss after they had been below a tenth of it.
         final_loss, mean_loss: the mean over tasks of the final loss and of the mean loss along the way.
         final_ratio, mean_ratio: these divided by the reference's, None where there is no reference.
         task_final_ratio: the median over tasks of the final loss divided by the reference's on the same task, None
@@ -70,6 +71,7 @@ class Scores:
     num_tasks: int
     num_diverged: int
     num_above_start: int
+    num_thrown_back: int
     final_loss: Interval
     mean_loss: Interval
     final_ratio: Interval | None

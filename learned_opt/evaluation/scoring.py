@@ -58,6 +58,7 @@ def score(losses: Array, task_metrics: Tensors, reference: Array | None, config:
         num_tasks=losses.shape[1],
         num_diverged=int(metrics.diverged(losses).sum()),
         num_above_start=int(metrics.ended_above_start(losses).sum()),
+        num_thrown_back=int(metrics.thrown_back(losses).sum()),
         final_loss=interval(metrics.mean, final),
         mean_loss=interval(metrics.mean, along),
         final_ratio=final_ratio,
