@@ -31,6 +31,7 @@ def test_thrown_back_is_above_the_start_after_a_tenth_of_it():
         "leaps to the start, not above": ([10.0, 0.9, 10.0, 0.4], False),
         "leaps from a tenth": ([10.0, 1.0, 20.0, 0.4], False),
         "diverges": ([10.0, 0.9, 0.8, math.nan], True),
+        "begins below zero": ([-10.0, -12.0, -9.0, -30.0], False),
     }
     losses = np.array([values for values, _ in curves.values()]).T
     assert metrics.thrown_back(losses).tolist() == [wanted for _, wanted in curves.values()]

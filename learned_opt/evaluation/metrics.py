@@ -90,10 +90,11 @@ def ended_above_start(losses: npt.ArrayLike) -> npt.NDArray[np.bool_]:
 def thrown_back(losses: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Which tasks had a loss below a tenth of their initial one, and above it again at some later step, [num_tasks].
 
-    A run that diverges after it had come so far is among them. What became of it afterwards makes no difference.
+    A run that diverges after it had come so far is among them. What became of it afterwards makes no difference. An
+    initial loss that is not positive has no tenth, and its task is not among them.
     """
     curves = as_curves(losses)
-    learned = np.logical_or.accumulate(curves < 0.1 * curves[0], axis=0)
+    learned = np.logical_or.accumulate((curves[0] > 0) & (curves < 0.1 * curves[0]), axis=0)
     return np.asarray((learned & (curves > curves[0])).any(0))
 
 
