@@ -12,6 +12,7 @@ from learned_opt.rules import native
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.rules.native_calls import NETWORK_STATE
+from learned_opt.rules.native_shape import Inputs, Shape
 from learned_opt.task import Tensors
 
 _NATIVE_CHUNK = 2**16
@@ -27,12 +28,12 @@ class CompiledRule(UpdateRule):
 
     @property
     @abstractmethod
-    def native_shape(self) -> native.Shape:
+    def native_shape(self) -> Shape:
         """What the kernel is compiled for."""
 
     @property
     @abstractmethod
-    def native_inputs(self) -> native.Inputs:
+    def native_inputs(self) -> Inputs:
         """How the kernel turns gradients into inputs."""
 
     @property

@@ -19,11 +19,12 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from learned_opt.rules import lstm_tape, lstm_torch, native
+from learned_opt.rules import lstm_tape, lstm_torch
 from learned_opt.rules.base import RuleConfig
 from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
+from learned_opt.rules.native_shape import Inputs, Shape
 from learned_opt.task import Tensors
 
 INPUTS = ("normalized", "log_and_sign")
@@ -145,10 +146,10 @@ class LSTMRule(CompiledRule):
         return torch.where(active, out, 0.0), {**new_state, "hidden": torch.stack(hidden), "cell": torch.stack(cell)}
 
     @functools.cached_property
-    def native_shape(self) -> native.Shape:
+    def native_shape(self) -> Shape:
         """What the kernel is compiled for."""
         c = self.config
-        return native.Shape(
+        return Shape(
             num_features=NUM_FEATURES,
             dense_units=c.dense_units,
             num_layers=c.num_layers,
@@ -163,10 +164,10 @@ class LSTMRule(CompiledRule):
         return lstm_tape.Network(NUM_FEATURES, c.dense_units, c.num_layers, c.hidden_size)
 
     @functools.cached_property
-    def native_inputs(self) -> native.Inputs:
+    def native_inputs(self) -> Inputs:
         """How the kernel turns gradients into inputs."""
         c = self.config
-        return native.Inputs(kind=c.inputs, betas=(c.beta,), eps=c.eps, log_range=c.log_range)
+        return Inputs(kind=c.inputs, betas=(c.beta,), eps=c.eps, log_range=c.log_range)
 
     @property
     def native_scale(self) -> float:

@@ -63,6 +63,7 @@ from learned_opt.rules.features import (
     clip_terms,
     momenta,
 )
+from learned_opt.rules.native_shape import Inputs, Shape
 from learned_opt.task import Tensors
 
 _MOST_SHRUNK = 12.0  # the kernel's, too
@@ -287,9 +288,9 @@ class MixtureRule(CompiledRule):
         return grads * context[-1] if self.config.clip else grads, context[: self._num_told]
 
     @functools.cached_property
-    def native_shape(self) -> native.Shape:
+    def native_shape(self) -> Shape:
         """What the kernel is compiled for."""
-        return native.Shape(
+        return Shape(
             num_features=self._num_inputs,
             dense_units=0,
             num_layers=1,
@@ -301,10 +302,10 @@ class MixtureRule(CompiledRule):
         )
 
     @functools.cached_property
-    def native_inputs(self) -> native.Inputs:
+    def native_inputs(self) -> Inputs:
         """How the kernel turns gradients into inputs."""
         c = self.config
-        return native.Inputs(
+        return Inputs(
             kind="momenta",
             betas=c.betas,
             square_ratio=c.square_ratio,
