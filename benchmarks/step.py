@@ -49,14 +49,18 @@ def model(widths: Sequence[int] = WIDTHS) -> nn.Sequential:
     return net
 
 
+def untrained(name: str) -> Artifact:
+    """A rule at its initial theta."""
+    rule = rules.get(name)
+    return Artifact.of(rule, rule.init_theta(torch.Generator().manual_seed(0)), name=name)
+
+
 def optimizers(
     names: Sequence[str], weights: Sequence[str], widths: Sequence[int] = WIDTHS
 ) -> dict[str, torch.optim.Optimizer]:
     """AdamW, a learned optimizer of each rule, and those of exported files, every one on a model of its own."""
     out: dict[str, torch.optim.Optimizer] = {"AdamW": torch.optim.AdamW(model(widths).parameters(), lr=1e-5)}
-    fresh = {name: (rules.get(name), rules.get(name).init_theta(torch.Generator().manual_seed(0))) for name in names}
-    artifacts = {name: Artifact.of(rule, theta, name=name) for name, (rule, theta) in fresh.items()}
-    artifacts |= {f"weights {file}": load(file) for file in weights}
+    artifacts = {name: untrained(name) for name in names} | {f"weights {file}": load(file) for file in weights}
     for name, artifact in artifacts.items():
         out[name] = LearnedOptimizer(model(widths).parameters(), artifact)
         out[f"{name}, guarded"] = LearnedOptimizer(model(widths).parameters(), artifact, guard=True)
@@ -143,10 +147,9 @@ def device_subjects(names: list[str], device: torch.device) -> list[tuple[str, s
         ("AdamW", "fused", lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True)),
     ]
     for name in names:
-        rule = rules.get(name)
-        artifact = Artifact.of(rule, rule.init_theta(torch.Generator().manual_seed(0)), name=name)
+        artifact = untrained(name)
         out.append((name, "plain", lambda p, a=artifact: LearnedOptimizer(p, a)))  # type: ignore[misc]
-        if fused.wanted(rule, device, torch.float32):
+        if fused.wanted(artifact.rule, device, torch.float32):
             out.append((name, "fused", lambda p, a=artifact: LearnedOptimizer(p, a)))  # type: ignore[misc]
         out.append((name, "plain, guarded", lambda p, a=artifact: LearnedOptimizer(p, a, guard=True)))  # type: ignore[misc]
     return out
@@ -245,6 +248,8 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["vit_b16", "gpt2_small"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.device and arguments.weights:
+        parser.error("--weights are timed on the CPU: leave --device out")
     if arguments.device:
         write(
             device_report(arguments.rule, arguments.model, torch.device(arguments.device), arguments.repeats),
@@ -254,7 +259,7 @@ def main() -> None:
     print("| optimizer | threads | ms a step | x AdamW | CPU ms | x AdamW | state, bytes a parameter |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows = []
-    load = os.getloadavg()[0]
+    busy = os.getloadavg()[0]
     for num_threads in arguments.threads:
         for row in measure(arguments.rule, arguments.weights, num_threads, arguments.repeats, arguments.widths):
             rows.append(row)
@@ -263,8 +268,8 @@ def main() -> None:
                 f"{row['cpu_ms']:.1f} | {row['cpu_ratio']:.0f} | {row['state_bytes']:.0f} |",
                 flush=True,
             )
-    print(f"\nload average before: {load:.1f} on {os.cpu_count()} cores; torch {torch.__version__}")
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": load}
+    print(f"\nload average before: {busy:.1f} on {os.cpu_count()} cores; torch {torch.__version__}")
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": busy}
     write({"rows": rows, "machine": machine, "torch": torch.__version__}, arguments.json)
 
 
