@@ -30,7 +30,11 @@ VARIANTS = {name: (name, {}) for name in rules.RULES if hasattr(rules.get(name),
     "leaking": ("mixture", {"growth": 0.2, "signal": True, "leak": 0.3}),
     "hushed_and_leaking": ("mixture", {"growth": 0.2, "leak": 0.2, "signal": True, "loudness": 0.5}),
     "clipping": ("mixture", {"growth": 0.2, "clip": 1.5}),
-    "all_of_them": ("mixture", {"growth": 0.2, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5}),
+    "braking": ("mixture", {"growth": 0.2, "clip": 1.5, "brake": 0.5}),
+    "all_of_them": (
+        "mixture",
+        {"growth": 0.2, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5, "brake": 0.3, "most_braked": 0.8},
+    ),
     "doubting": ("mixture", {"growth": 0.2, "doubt": 0.8}),
     "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 5, "dense_units": 3, "output_tanh": False}),
     "three_layers_log": (

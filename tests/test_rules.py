@@ -39,7 +39,11 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "leaking": ("mixture", {"growth": 0.1, "signal": True, "leak": 0.3}),
     "hushed_and_leaking": ("mixture", {"growth": 0.1, "leak": 0.2, "signal": True, "loudness": 0.5}),
     "clipping": ("mixture", {"growth": 0.1, "clip": 1.5}),
-    "all_of_them": ("mixture", {"growth": 0.1, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5}),
+    "braking": ("mixture", {"growth": 0.1, "clip": 1.5, "brake": 0.5}),
+    "all_of_them": (
+        "mixture",
+        {"growth": 0.1, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5, "brake": 0.3, "most_braked": 0.1},
+    ),
     "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
 N, STEPS = 11, 6
@@ -612,6 +616,22 @@ def test_gradients_may_grow_without_end_where_they_are_clipped():
     assert factors[108:].tolist() == [1.0] * 4
 
 
+def test_a_clipped_gradient_brakes():
+    """Steps shrink by a power of what clips, at once, down to a bound; what is shrunk further stays, and others do."""
+    rule = rules.get("paced", clip=4.0, brake=0.5, most_braked=2.0)
+    theta = {name: torch.zeros_like(value) for name, value in rule.init_theta(torch.Generator()).items()}
+
+    def sizes(factor, *start):
+        state = {**rule.init_state(2), "log_size": torch.tensor(start)}
+        rows = torch.zeros(rule.num_context, 2)
+        rows[-1] = factor
+        return rule.update(theta, torch.tensor([1.0, -2.0]), torch.zeros(2), state, rows)[1]["log_size"].tolist()
+
+    assert sizes(1.0, 0.5, -3.0) == [0.5, -3.0]
+    assert sizes(math.exp(-2), 0.5, -3.0) == pytest.approx([-0.5, -3.0])
+    assert sizes(math.exp(-30), 2.0, -1.5) == [-2.0, -2.0]
+
+
 def test_squares_that_clip():
     state = {"v": torch.tensor([[0.0] * 3, [0.5, math.inf, 1.0]]).double(), "step": torch.tensor([2.0]).double()}
     got = clip_terms(torch.tensor([3.0, 1.0, math.nan]).double(), state, 0.5)
@@ -970,6 +990,11 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("paced", {"clip": -4.0}, "clip must be finite and over 1, or 0 for none; got -4.0"),
         ("paced", {"clip": math.inf}, "clip must be finite and over 1, or 0 for none; got inf"),
         ("mixture", {"clip": 4.0}, "clip needs growth: .*; give a growth above 0"),
+        ("paced", {"brake": 0.25}, "brake needs clip, which says when; got 0.25 without; give a clip over 1"),
+        ("paced", {"clip": 4.0, "brake": -0.1}, "brake must be finite and not negative; got -0.1"),
+        ("paced", {"clip": 4.0, "brake": math.inf}, "brake must be finite and not negative; got inf"),
+        ("paced", {"clip": 4.0, "most_braked": 0.0}, r"most_braked must lie in \(0, 12\]; got 0.0"),
+        ("paced", {"most_braked": 13.0}, r"most_braked must lie in \(0, 12\]; got 13.0"),
         ("mixture", {"doubt": 1.0}, r"doubt must lie in \[0, 1\); got 1.0"),
         ("mixture", {"doubt": -0.5}, r"doubt must lie in \[0, 1\); got -0.5"),
         ("paced", {"growth": -0.1}, "growth must be finite and not negative; got -0.1"),

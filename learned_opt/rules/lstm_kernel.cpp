@@ -13,7 +13,8 @@
 // DIRECTIONS: 0 where the one output is the update, else how many directions the update is mixed from, and CONTEXT: how
 // many of the features are of the whole parameter tensor and are given. With CONTEXT there is one more output, and
 // weights from the features to it, output.skip [FEATURES], at the end of theta: it makes the mixed step grow or shrink
-// from one time to the next. CLIPS (0 or 1): whether the context has one more row, which multiplies the gradient.
+// from one time to the next. CLIPS (0 or 1): whether the context has one more row, which multiplies the gradient and
+// may brake the step.
 
 #include <cmath>
 #include <cstddef>
@@ -49,7 +50,7 @@ constexpr bool HUSHED = CONTEXT > 5;        // the sixth, by which steps grow le
 constexpr int SKIPS = GROWS ? FEATURES : 0, TOLD = CONTEXT + CLIPS;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
 constexpr float MOST_SHRUNK = 12.0f;              // bound of the logarithm that a step has shrunk by
-constexpr int ROWS = FEATURES + DIRECTIONS;      // what is computed from the gradients, or given
+constexpr int ROWS = FEATURES + DIRECTIONS + CLIPS;  // what is computed from the gradients, or given
 constexpr int FIRST = DENSE ? DENSE : FEATURES;  // inputs of the first layer
 constexpr int GATES = 4 * HIDDEN;
 constexpr int inputs_of(int layer) { return layer ? HIDDEN : FIRST; }
@@ -330,6 +331,7 @@ struct Inputs {
   const unsigned char* active;  // [steps, n], GIVEN
   const float* log_size;   // [state_ld], GROWS: what the step has grown or shrunk by
   float growth, most_grown, leak;  // the most that it changes by in a step, its upper bound, the share it forgets
+  float brake, most_braked;  // the power of what clips the gradient that it shrinks by, and bound of what it shrinks to
   const float* context;    // [steps, TOLD, tensors], but for GIVEN; null for zero, and no clipping
   long tensors;
   const int* tensor;       // [n], which tensor a coordinate belongs to; null where there is one
@@ -481,9 +483,13 @@ void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a,
     same = same && a.step[j] == a.step[0];
   }
   if (in.kind == MOMENTA) {
-    if (CLIPS && in.context) {
-      const float* factors = in.context + (ptrdiff_t(t) * TOLD + CONTEXT) * in.tensors;
-      for (int j = 0; j < width; ++j) g[j] *= factors[in.tensor ? in.tensor[column + j] : 0];
+    if constexpr (CLIPS != 0) {
+      const float* factors = in.context ? in.context + (ptrdiff_t(t) * TOLD + CONTEXT) * in.tensors : nullptr;
+      float* row = out + (ROWS - 1) * WIDTH;
+      for (int j = 0; j < WIDTH; ++j) {
+        row[j] = !factors || j >= width ? 1.0f : factors[in.tensor ? in.tensor[column + j] : 0];
+        g[j] *= row[j];
+      }
     }
     momenta(in, g, same, a, out, active);
     for (int c = 0; c < CONTEXT; ++c) {
@@ -551,12 +557,12 @@ inline void cell(float* __restrict gates, const float* before, float* after, flo
 // with GROWS the last changes log_size, which stays as it is where a coordinate may not move. `size` [WIDTH] is what
 // the mixture is multiplied by. The features' rows lie before the directions. The last row of y is left as the
 // derivative of log_size, `kept` [WIDTH] is the one with respect to log_size before, and `by_last` [WIDTH] the one with
-// respect to the last feature, `by_signal` [WIDTH] to the one that tells how strong the signal is; all are zero where a
-// bound is met.
+// respect to the last feature, `by_signal` [WIDTH] to the one that tells how strong the signal is, and `by_clip` [WIDTH]
+// to what clips the gradient; all are zero where a bound is met.
 inline void read_out(const Weights& w, const float* top, const float* directions, const Inputs& in, float scale,
                      const float* __restrict active, float* __restrict y, float* __restrict log_size,
                      float* __restrict kept, float* __restrict by_last, float* __restrict by_signal,
-                     float* __restrict size, float* __restrict update) {
+                     float* __restrict by_clip, float* __restrict size, float* __restrict update) {
   for (int o = 0; o < OUTPUTS; ++o)
     for (int v = 0; v < VECTORS; ++v) {
       Vec sum = splat(w.output_bias[o]);
@@ -575,13 +581,25 @@ inline void read_out(const Weights& w, const float* top, const float* directions
     if constexpr (GROWS) {
       float* __restrict last = y + (OUTPUTS - 1) * WIDTH;
       const float *__restrict loudness = directions - WIDTH, *__restrict signal = directions - (1 + HUSHED) * WIDTH;
+      const float* __restrict factor = directions + DIRECTIONS * WIDTH;
       for (int j = 0; j < WIDTH; ++j) {
         const float growth = HUSHED && last[j] > 0.0f ? in.growth * loudness[j] : in.growth;
         const float before = log_size[j], rate = last[j], curve = 1.0f - rate * rate;
         const float weak = TELLS_SIGNAL ? 1.0f - signal[j] : 0.0f, leak = in.leak * weak * weak, keep = 1.0f - leak * curve;
-        const float grown = keep * before + growth * rate;
+        float grown = keep * before + growth * rate;
+        bool bound = false;
+        if (CLIPS) {
+          by_clip[j] = 0.0f;
+          if ((in.brake > 0.0f) & (factor[j] < 1.0f) & (grown > -in.most_braked)) {
+            grown += in.brake * std::log(factor[j] > 1e-30f ? factor[j] : 1e-30f);
+            bound = grown < -in.most_braked;
+            grown = bound ? -in.most_braked : grown;
+            by_clip[j] = factor[j] > 1e-30f ? in.brake / factor[j] : 0.0f;
+          }
+        }
         const float held = grown > in.most_grown ? in.most_grown : grown < -MOST_SHRUNK ? -MOST_SHRUNK : grown;
-        const bool bound = held != grown;
+        bound |= held != grown;
+        if (CLIPS && bound) by_clip[j] = 0.0f;
         if (TELLS_SIGNAL) by_signal[j] = bound ? 0.0f : 2.0f * in.leak * weak * curve * before;
         if (HUSHED) by_last[j] = !bound && rate > 0.0f ? in.growth * rate : 0.0f;
         last[j] = bound ? 0.0f : curve * (growth + 2.0f * leak * rate * before);
@@ -605,7 +623,7 @@ inline void read_out(const Weights& w, const float* top, const float* directions
 struct StepScratch {
   alignas(64) float joined[LAYERS][(WIDEST + HIDDEN) * WIDTH], gates[GATES * WIDTH], cells[HIDDEN * WIDTH],
       tanh_cell[HIDDEN * WIDTH], top[HIDDEN * WIDTH], x[ROWS * WIDTH], active[WIDTH], y[OUTPUTS * WIDTH],
-      log_size[WIDTH], kept[WIDTH], by_last[WIDTH], by_signal[WIDTH], size[WIDTH], out[WIDTH];
+      log_size[WIDTH], kept[WIDTH], by_last[WIDTH], by_signal[WIDTH], by_clip[WIDTH], size[WIDTH], out[WIDTH];
   Averages averages;
 };
 
@@ -647,7 +665,7 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
   }
   if (GROWS) load_row(in.log_size + column, width, s.log_size);
   read_out(w, s.top, s.x + FEATURES * WIDTH, in, scale, s.active, s.y, s.log_size, s.kept, s.by_last, s.by_signal,
-           s.size, s.out);
+           s.by_clip, s.size, s.out);
   if (GROWS) store_row(s.log_size, width, after.log_size + column);
   for (int j = 0; j < WIDTH; ++j) s.out[j] = s.active[j] != 0.0f ? s.out[j] : 0.0f;
   store_row(s.out, width, update + column);
@@ -663,10 +681,10 @@ struct Sums {
 // The rows of a run of steps that one block keeps; sizes in floats.
 struct Tape {
   float *x, *joined[LAYERS], *gates[LAYERS], *cells[LAYERS], *tanh_cell[LAYERS], *top, *y, *update, *size, *active,
-      *kept, *by_last, *by_signal;
+      *kept, *by_last, *by_signal, *by_clip;
   static size_t floats(int steps) {
     const size_t t = steps;
-    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + GROWS + TELLS_SIGNAL + HUSHED);
+    size_t rows = t * ROWS + (t + 1) * HIDDEN + t * (OUTPUTS + 3 + GROWS + TELLS_SIGNAL + HUSHED + CLIPS);
     for (int l = 0; l < LAYERS; ++l) rows += (t + 1) * joined_of(l) + t * GATES + (t + 1) * HIDDEN + t * HIDDEN;
     return rows * WIDTH;
   }
@@ -686,6 +704,7 @@ struct Tape {
     kept = take(GROWS ? t : 0);
     by_last = take(HUSHED ? t : 0);
     by_signal = take(TELLS_SIGNAL ? t : 0);
+    by_clip = take(CLIPS ? t : 0);
     for (int l = 0; l < LAYERS; ++l) {
       joined[l] = take((t + 1) * joined_of(l));
       gates[l] = take(t * GATES);
@@ -726,7 +745,7 @@ void replay(const Weights& w, const Inputs& in, const float* hidden, const float
     }
     read_out(w, tape.top + t * HIDDEN * WIDTH, x + FEATURES * WIDTH, in, scale, tape.active + t * WIDTH,
              tape.y + t * OUTPUTS * WIDTH, log_size, tape.kept + t * WIDTH, tape.by_last + t * WIDTH,
-             tape.by_signal + t * WIDTH, tape.size + t * WIDTH, tape.update + t * WIDTH);
+             tape.by_signal + t * WIDTH, tape.by_clip + t * WIDTH, tape.size + t * WIDTH, tape.update + t * WIDTH);
   }
 }
 
@@ -744,7 +763,8 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           ptrdiff_t ld, ptrdiff_t column, int width, int slot, int steps, float range, Tape& tape, Sums& sums,
           float scale) {
   alignas(64) float d_hidden[LAYERS][HIDDEN * WIDTH], d_cell[LAYERS][HIDDEN * WIDTH], d_above[HIDDEN * WIDTH],
-      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH], d_log[WIDTH], d_last[WIDTH], d_signal[WIDTH];
+      d_joined[(WIDEST + HIDDEN) * WIDTH], later[WIDTH], row[WIDTH], d_log[WIDTH], d_last[WIDTH], d_signal[WIDTH],
+      d_clip[WIDTH];
   for (int l = 0; l < LAYERS; ++l)
     for (int h = 0; h < HIDDEN; ++h) {
       const ptrdiff_t at = (ptrdiff_t(l) * HIDDEN + h) * ld + column;
@@ -786,9 +806,12 @@ void back(const Weights& w, const float* cotangents, ptrdiff_t cotangent_ld, int
           last[j] = moves ? d * slope : 0.0f;
           if (TELLS_SIGNAL) d_signal[j] = moves ? d * tape.by_signal[t * WIDTH + j] : 0.0f;
           if (HUSHED) d_last[j] = moves ? d * tape.by_last[t * WIDTH + j] : 0.0f;
+          if (CLIPS) d_clip[j] = moves ? d * tape.by_clip[t * WIDTH + j] : 0.0f;
           d_log[j] = moves ? d * tape.kept[t * WIDTH + j] : d;
         }
       }
+      if (CLIPS && outward.x_out)
+        store_row(d_clip, width, outward.x_out + (ptrdiff_t(t - slot) * ROWS + ROWS - 1) * ld + column);
       for (int d = 0; d < DIRECTIONS; ++d) {
         float* __restrict share = y + (d + 1) * WIDTH;
         if (outward.x_out) {
@@ -956,14 +979,14 @@ void lstm_pack(const float* theta, long sets, void* weights) {
 // old state are state_ld apart, of the new one out_ld.
 void lstm_step(const void* packed, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
               const float* step, int shared_step, const double* betas, float ratio, float eps, float range, float growth,
-              float most_grown, float leak, const float* hidden, const float* cells, const float* log_size,
-              long state_ld, float* m_out, float* v_out, float* hidden_out, float* cells_out, float* log_size_out,
-              long out_ld, const float* context, long tensors, const int* tensor, float scale, float* update,
-              int threads) {
+              float most_grown, float leak, float brake, float most_braked, const float* hidden, const float* cells,
+              const float* log_size, long state_ld, float* m_out, float* v_out, float* hidden_out, float* cells_out,
+              float* log_size_out, long out_ld, const float* context, long tensors, const int* tensor, float scale,
+              float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
   const Weights* weights = static_cast<const Weights*>(packed);
   const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, ratio, eps, range, nullptr, log_size, growth,
-                  most_grown, leak, context, tensors, tensor};
+                  most_grown, leak, brake, most_braked, context, tensors, tensor};
   const State after{hidden_out, cells_out, m_out, v_out, log_size_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
   {
@@ -1122,8 +1145,8 @@ void lstm_agreement(const double* sums, long tensors, double loudness, double cl
 // ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.
 int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
                   const float* v, const float* step, int shared_step, const double* betas, float ratio, float eps,
-                  float range, float growth, float most_grown, float leak, const unsigned char* active,
-                  const float* hidden, const float* cells, const float* log_size, long state_ld,
+                  float range, float growth, float most_grown, float leak, float brake, float most_braked,
+                  const unsigned char* active, const float* hidden, const float* cells, const float* log_size, long state_ld,
                   const float* cotangents, long cotangent_ld, int summed,
                   const float* hidden_in, const float* cells_in, const float* log_in, float* hidden_out,
                   float* cells_out, float* log_out, float* x_out, const float* context, long tensors, const int* tensor,
@@ -1138,7 +1161,7 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
   if (!failed) {
     fill(*weights, theta);
     const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, ratio, eps, range, active, log_size, growth,
-                    most_grown, leak, context, tensors, tensor};
+                    most_grown, leak, brake, most_braked, context, tensors, tensor};
     const Outward outward{hidden_in, cells_in, hidden_out, cells_out, x_out, log_in, log_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && groups > 1)
     {

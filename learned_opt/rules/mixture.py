@@ -34,6 +34,11 @@ With `clip` that next gradient is scaled down, too: a tensor's gradient that is 
 been of late counts for no more than that, in the step and in the averages. What it has been of late follows, by a
 factor of up to two in each step where `clip` is 4, so that gradients may still become as large as they like.
 
+With `brake` steps shrink at once where a gradient is scaled down so: it says that they have become too long, and by how
+much, before one is taken; the agreements would take ten steps to notice, which the loss need not survive. They do not
+shrink below e^−`most_braked` for that: where a network knows its data by heart gradients may be zero for hundreds of
+batches, and the next one is then louder beyond all measure.
+
 Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction times the exponential
 of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
 """
@@ -96,6 +101,9 @@ class MixtureRuleConfig(RuleConfig):
             times this, at most one; and steps grow by so much less. At least 0, which leaves it out; needs `signal`.
         clip: the most that a tensor's gradient may be of what it has been of late, the root of the recent average
             square summed over the tensor; a larger one is scaled down to that. Over 1, or 0 for none; needs `growth`.
+        brake: power, at least 0, of what such a gradient is scaled down by that steps, what they have grown or shrunk
+            by for good, are scaled down by, too; 0 for none. Needs `clip`.
+        most_braked: bound of the logarithm that a step is shrunk to by that, in (0, 12]; one shrunk further stays.
         basis: matrices are taken in the eigenvectors of their gradients' second moments (`learned_opt.rules.basis`)
             along sides of at most so many rows or columns; 0 for none.
         basis_decay: decay of those second moments, in [0, 1).
@@ -119,6 +127,8 @@ class MixtureRuleConfig(RuleConfig):
     leak: float = 0.0
     loudness: float = 0.0
     clip: float = 0.0
+    brake: float = 0.0
+    most_braked: float = 3.0
     basis: int = 0
     basis_decay: float = 0.95
     basis_every: int = 5
@@ -132,8 +142,9 @@ class MixtureRuleConfig(RuleConfig):
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
         if not 1 <= self.square_ratio < math.inf:
             raise ValueError(f"square_ratio must be finite and at least 1; got {self.square_ratio}")
-        if not 0 < self.most_grown <= 12:
-            raise ValueError(f"most_grown must lie in (0, 12]; got {self.most_grown}")
+        for name in ("most_grown", "most_braked"):
+            if not 0 < getattr(self, name) <= 12:
+                raise ValueError(f"{name} must lie in (0, 12]; got {getattr(self, name)}")
         if not 0 <= self.growth < math.inf:
             raise ValueError(f"growth must be finite and not negative; got {self.growth}")
         if self.signal and not self.growth:
@@ -148,6 +159,10 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(f"clip must be finite and over 1, or 0 for none; got {self.clip}")
         if self.clip and not self.growth:
             raise ValueError("clip needs growth: without it nothing is asked of whole tensors; give a growth above 0")
+        if not 0 <= self.brake < math.inf:
+            raise ValueError(f"brake must be finite and not negative; got {self.brake}")
+        if self.brake and not self.clip:
+            raise ValueError(f"brake needs clip, which says when; got {self.brake} without; give a clip over 1")
         for name in ("hidden_size", "basis_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -258,7 +273,7 @@ class MixtureRule(CompiledRule):
         context: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Tensors]:
         c = self.config
-        grads, told = self._heard(grads, context)
+        grads, told, factor = self._heard(grads, context)
         directions, inputs, new_state, active = momenta(grads, state, c.betas, c.square_ratio, c.eps)
         joined = torch.cat([inputs, told, state["hidden"][0]])
         gates = torch.addmm(theta["lstm.0.bias"][:, None], theta["lstm.0.weight"], joined)
@@ -275,17 +290,25 @@ class MixtureRule(CompiledRule):
                 kept = 1 - c.leak * (1 - joined[_SIGNAL]).square() * (1 - rate.square())
             if c.loudness:  # what is hardly heard is no reason to take longer steps
                 rate = torch.where(rate > 0, rate * joined[self._num_inputs - 1], rate)
-            grown = (kept * state["log_size"] + c.growth * rate).clamp(-_MOST_SHRUNK, c.most_grown)
+            grown = kept * state["log_size"] + c.growth * rate
+            if c.brake:
+                braking = (factor < 1) & (grown > -c.most_braked)
+                braked = grown + c.brake * torch.where(braking, factor, 1.0).clamp_min(1e-30).log()
+                grown = torch.where(braking, braked.clamp_min(-c.most_braked), grown)
+            grown = grown.clamp(-_MOST_SHRUNK, c.most_grown)
             new_state["log_size"] = torch.where(active, grown, state["log_size"])
             log_size = log_size + new_state["log_size"]
         update = log_size.exp() * c.output_scale * (out[1 : 1 + NUM_DIRECTIONS] * directions).sum(0)
         return torch.where(active, update, 0.0), new_state
 
-    def _heard(self, grads: torch.Tensor, context: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient, clipped, and what the LSTM is told of its tensor: zeros without context."""
+    def _heard(
+        self, grads: torch.Tensor, context: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradient, clipped, what the LSTM is told of its tensor, zeros without context, and what clipped it."""
         if context is None:
-            return grads, grads.new_zeros(self._num_told, len(grads))
-        return grads * context[-1] if self.config.clip else grads, context[: self._num_told]
+            return grads, grads.new_zeros(self._num_told, len(grads)), torch.ones_like(grads)
+        factor = context[-1] if self.config.clip else torch.ones_like(grads)
+        return grads * factor, context[: self._num_told], factor
 
     @functools.cached_property
     def native_shape(self) -> Shape:
@@ -314,6 +337,8 @@ class MixtureRule(CompiledRule):
             growth=c.growth,
             most_grown=c.most_grown,
             leak=c.leak,
+            brake=c.brake,
+            most_braked=c.most_braked,
         )
 
     @property
@@ -323,8 +348,9 @@ class MixtureRule(CompiledRule):
     def native_rows(
         self, grads: torch.Tensor, state: Tensors, layout: TensorLayout | None
     ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
-        grads, told = self._heard(grads, self.context_rows(grads, state, layout))
+        grads, told, factor = self._heard(grads, self.context_rows(grads, state, layout))
         directions, inputs, after, active = momenta(
             grads, state, self.config.betas, self.config.square_ratio, self.config.eps
         )
-        return torch.cat([inputs, told, directions]), after, active
+        clipped = [factor[None]] if self.config.clip else []
+        return torch.cat([inputs, told, directions, *clipped]), after, active

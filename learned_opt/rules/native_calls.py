@@ -20,13 +20,13 @@ def declare(library: ctypes.CDLL) -> None:
     """Say what the functions of `lstm_kernel.cpp` take and return."""
     pointer, long, integer, real = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
     three = (pointer, pointer, pointer)  # the averages with the step count, or what is of `NETWORK_STATE`
-    six = (real,) * 6  # `native_shape.Inputs.numbers`
+    numbers = (real,) * 8  # `native_shape.Inputs.numbers`
     library.lstm_step.argtypes = [
-        *(pointer, long, long, integer, pointer, *three, integer, pointer, *six),
+        *(pointer, long, long, integer, pointer, *three, integer, pointer, *numbers),
         *(*three, long, pointer, pointer, *three, long, pointer, long, pointer, real, pointer, integer),
     ]
     library.lstm_backward.argtypes = [
-        *(pointer, long, integer, integer, pointer, long, *three, integer, pointer, *six),
+        *(pointer, long, integer, integer, pointer, long, *three, integer, pointer, *numbers),
         *(pointer, *three, long, pointer, long, integer, *three, *three, pointer),
         *(pointer, long, pointer, real, pointer, integer),
     ]

@@ -17,7 +17,8 @@ class Shape:
         num_directions: 0 where the one output is the update; else how many directions the update is mixed from.
         num_context: how many of the features are of the whole parameter tensor. With any, one more output changes
             "log_size", the logarithm of what a mixed step is multiplied by.
-        clips: whether there is one more row of context, which multiplies the gradient.
+        clips: whether there is one more row of context, which multiplies the gradient and brakes; it comes last among
+            the network's inputs and directions, too.
     """
 
     num_features: int
@@ -64,6 +65,8 @@ class Inputs:
         growth: the most that "log_size" changes by in a step.
         most_grown: its upper bound.
         leak: the share of it that a step forgets where there is no signal.
+        brake: the power of what a gradient is clipped by that it shrinks by.
+        most_braked: bound of what it shrinks to for that.
     """
 
     kind: str
@@ -74,11 +77,14 @@ class Inputs:
     growth: float = 0.0
     most_grown: float = 12.0
     leak: float = 0.0
+    brake: float = 0.0
+    most_braked: float = 12.0
 
     @property
     def numbers(self) -> tuple[float, ...]:
         """What the kernel is passed beside the decays."""
-        return self.square_ratio, self.eps, self.log_range, self.growth, self.most_grown, self.leak
+        sizes = self.growth, self.most_grown, self.leak, self.brake, self.most_braked
+        return self.square_ratio, self.eps, self.log_range, *sizes
 
     @property
     def decays(self) -> tuple[float, ...]:
