@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from learned_opt import Artifact, LearnedOptimizer, load, rules
-from learned_opt.rules import fused
+from learned_opt.rules.kernels import fused
 
 _STEPS = 5  # are timed at once: a basis changes in one of so many
 

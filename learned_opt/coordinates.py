@@ -26,11 +26,11 @@ from learned_opt.parameter_context import (
     piece_size,
     summed_at_once,
 )
-from learned_opt.rules import fused
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.rules.context import context as context_of
 from learned_opt.rules.inplace import Scratch, update_
+from learned_opt.rules.kernels import fused
 from learned_opt.rules.lstm import LSTMRule
 from learned_opt.task import Tensors
 

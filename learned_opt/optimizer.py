@@ -10,9 +10,9 @@ move them (`learned_opt.coordinates`). Where it differs from the optimizers of t
 - A rule that is told of whole tensors (`learned_opt.rules.context`) is told of every parameter, of all its parts where
   it is sharded as a DTensor. A wrapper that flattens parameters or cuts plain tensors makes other tensors of them.
 - On a GPU with Triton, an LSTM without guard steps in one kernel, once that has been found to agree with the rule. The
-  environment variable LEARNED_OPT_FUSED=0 turns it off (`learned_opt.rules.fused`).
+  environment variable LEARNED_OPT_FUSED=0 turns it off (`learned_opt.rules.kernels.fused`).
 - On a CPU with a C++ compiler, an LSTM steps in a kernel that is compiled when it is first used;
-  LEARNED_OPT_NATIVE=0 turns it off (`learned_opt.rules.native`).
+  LEARNED_OPT_NATIVE=0 turns it off (`learned_opt.rules.kernels.native`).
 """
 
 from __future__ import annotations

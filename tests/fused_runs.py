@@ -16,8 +16,8 @@ import torch
 from optimizer_cases import artifact_of, model_of
 
 from learned_opt import LearnedOptimizer, rules
-from learned_opt.rules import fused
-from learned_opt.rules.fused import Factors
+from learned_opt.rules.kernels import fused
+from learned_opt.rules.kernels.fused import Factors
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "compact": ("compact", {}),
@@ -156,7 +156,7 @@ def compiled() -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from learned_opt.rules.fused_kernel import lstm_step
+    from learned_opt.rules.kernels.fused_kernel import lstm_step
 
     out = {}
     for name, capability, dtype in (("compact", 75, "fp32"), ("compact", 80, "bf16"), ("rnnprop", 90, "fp32")):

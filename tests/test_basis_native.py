@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from learned_opt.rules import basis_native, build
 from learned_opt.rules.basis import Basis, Turn, observe, refresh, turn_of, without_noise
+from learned_opt.rules.kernels import basis_native, build
 
 BASIS = Basis(longest=128, decay=0.95, every=5)
 SHAPES = [(2, 2), (3, 5), (8, 8), (16, 33), (31, 4), (64, 20), (128, 128), (128, 2), (3, 300), (200, 17)]

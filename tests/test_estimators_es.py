@@ -19,8 +19,8 @@ from estimator_reference import (
 from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
 from learned_opt.estimators.antithetic import flatten, perturbations, unflatten
-from learned_opt.rules import build
 from learned_opt.rules.inplace import stepper
+from learned_opt.rules.kernels import build
 from learned_opt.task import TaskFamily
 
 EVOLUTION = ["es", "pes", "nres"]

@@ -208,12 +208,12 @@ def test_the_default_folder_is_the_user_s(monkeypatch, tmp_path):
 
 def test_the_code_of_rules_is_all_of_it(tmp_path, monkeypatch):
     folder = tmp_path / "rules"
-    folder.mkdir()
-    for name, text in (("__init__.py", "one"), ("kernel.cpp", "two"), ("notes.txt", "three")):
+    (folder / "kernels").mkdir(parents=True)
+    for name, text in (("__init__.py", "one"), ("kernels/kernel.cpp", "two"), ("notes.txt", "three")):
         (folder / name).write_text(text)
     monkeypatch.setattr(cache.rules, "__file__", str(folder / "__init__.py"))
     hashes = [cache._sources_of_rules.__wrapped__()]
-    for name in ("__init__.py", "kernel.cpp", "notes.txt"):
+    for name in ("__init__.py", "kernels/kernel.cpp", "notes.txt"):
         (folder / name).write_text("changed")
         hashes.append(cache._sources_of_rules.__wrapped__())
     assert len(set(hashes)) == 3 and hashes[2] == hashes[3]  # notes are no code

@@ -23,7 +23,7 @@ from optimizer_cases import artifact_of, model_of, train
 
 from learned_opt import LearnedOptimizer, rules
 from learned_opt.coordinates import default_chunk_size
-from learned_opt.rules import fused
+from learned_opt.rules.kernels import fused
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(
@@ -237,11 +237,11 @@ def test_triton_is_not_imported_with_the_package():
     code = (
         "import sys, torch\n"
         "before = 'triton' in sys.modules\n"
-        "import learned_opt, learned_opt.optimizer, learned_opt.rules.fused\n"
-        "assert 'learned_opt.rules.fused_kernel' not in sys.modules\n"
+        "import learned_opt, learned_opt.optimizer, learned_opt.rules.kernels.fused\n"
+        "assert 'learned_opt.rules.kernels.fused_kernel' not in sys.modules\n"
         "assert before or 'triton' not in sys.modules\n"
         "sys.modules['triton'] = None\n"
-        "import learned_opt.rules.fused_kernel\n"
+        "import learned_opt.rules.kernels.fused_kernel\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

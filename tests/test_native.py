@@ -16,10 +16,11 @@ from learned_opt import estimators, rules
 from learned_opt.batched import BatchedFamily
 from learned_opt.meta_loss import MetaLoss
 from learned_opt.particles import EpisodePlan
-from learned_opt.rules import UpdateRule, build, native, slice_coordinates
+from learned_opt.rules import UpdateRule, slice_coordinates
 from learned_opt.rules.context import TensorLayout, context
 from learned_opt.rules.features import agreement
 from learned_opt.rules.inplace import stepper, update_
+from learned_opt.rules.kernels import build, native
 from learned_opt.truncation import HorizonSchedule
 from tasks.quadratic import Quadratic
 

@@ -27,7 +27,7 @@ from torch.optim import lr_scheduler
 from learned_opt import LearnedOptimizer, rules
 from learned_opt.batched import BatchedFamily
 from learned_opt.particles import EpisodePlan, start_particles
-from learned_opt.rules import build
+from learned_opt.rules.kernels import build
 from learned_opt.unroll import inner_steps, learned_move
 from tasks.quadratic import Quadratic
 

@@ -258,7 +258,7 @@ def learned_name(rule: UpdateRule, content_hash: str) -> dict[str, Any]:
 def _sources_of_rules() -> str:
     """A hash of the source files that update rules are made of, kernels included."""
     folder, digest = Path(rules.__file__).parent, hashlib.sha256()
-    paths = [path for path in folder.iterdir() if path.suffix in (".py", ".cpp")]
+    paths = [path for path in folder.rglob("*") if path.suffix in (".py", ".cpp")]
     for path in [*sorted(paths), Path(turning.__file__)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

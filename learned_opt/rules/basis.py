@@ -15,7 +15,7 @@ remembers linearly of gradients (`UpdateRule.linear_state`) turns along.
 A tensor of more than two dimensions is the matrix [first, all others]. What has a single row or column stays as it is,
 and so do the sides of a matrix that are longer than `Basis.longest`. Functions here work on many matrices of one shape
 at once, [..., rows, columns]; on a CPU with a C++ compiler, small ones of float32 go through a kernel of their own
-(`learned_opt.rules.basis_native`).
+(`learned_opt.rules.kernels.basis_native`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 import torch
 
-from learned_opt.rules import basis_native
+from learned_opt.rules.kernels import basis_native
 from learned_opt.task import Tensors
 
 SIDES = ("left", "right")

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-from learned_opt.rules import native
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.context import Context, TensorLayout
-from learned_opt.rules.native_calls import NETWORK_STATE
-from learned_opt.rules.native_shape import Inputs, Shape
+from learned_opt.rules.kernels import native
+from learned_opt.rules.kernels.native_calls import NETWORK_STATE
+from learned_opt.rules.kernels.native_shape import Inputs, Shape
 from learned_opt.task import Tensors
 
 _NATIVE_CHUNK = 2**16

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from learned_opt.rules import native, native_calls
 from learned_opt.rules.base import UpdateRule
 from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.context import Context
+from learned_opt.rules.kernels import native, native_calls
 from learned_opt.rules.lstm import LSTMRule
 from learned_opt.rules.lstm_inplace import LSTMSteps
 from learned_opt.rules.lstm_kept import KeptSteps

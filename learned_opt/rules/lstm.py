@@ -24,7 +24,7 @@ from learned_opt.rules.base import RuleConfig
 from learned_opt.rules.compiled import CompiledRule
 from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.rules.features import NUM_FEATURES, log_and_sign, normalized
-from learned_opt.rules.native_shape import Inputs, Shape
+from learned_opt.rules.kernels.native_shape import Inputs, Shape
 from learned_opt.task import Tensors
 
 INPUTS = ("normalized", "log_and_sign")

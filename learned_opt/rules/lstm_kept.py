@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from learned_opt.rules.context import Context
+from learned_opt.rules.kernels.native_calls import NETWORK_STATE
 from learned_opt.rules.lstm import LSTMRule
 from learned_opt.rules.lstm_inplace import LSTMStep
 from learned_opt.rules.lstm_tape import give_back, lend
 from learned_opt.rules.lstm_torch import WayBack
-from learned_opt.rules.native_calls import NETWORK_STATE
 from learned_opt.task import Tensors
 
 

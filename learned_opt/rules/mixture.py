@@ -52,7 +52,6 @@ from typing import ClassVar
 
 import torch
 
-from learned_opt.rules import native
 from learned_opt.rules.base import RuleConfig
 from learned_opt.rules.basis import Basis
 from learned_opt.rules.compiled import CompiledRule
@@ -68,7 +67,8 @@ from learned_opt.rules.features import (
     clip_terms,
     momenta,
 )
-from learned_opt.rules.native_shape import Inputs, Shape
+from learned_opt.rules.kernels import native
+from learned_opt.rules.kernels.native_shape import Inputs, Shape
 from learned_opt.task import Tensors
 
 _MOST_SHRUNK = 12.0  # the kernel's, too

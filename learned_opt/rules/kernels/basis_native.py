@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from learned_opt.rules import build, native
-from learned_opt.rules import native_calls as calls
+from learned_opt.rules.kernels import build, native
+from learned_opt.rules.kernels import native_calls as calls
 
 _SOURCE = Path(__file__).with_name("basis_kernel.cpp")
 _MOST_NUMBERS = 2**14

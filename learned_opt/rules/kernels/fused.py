@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from learned_opt.rules import native
 from learned_opt.rules.base import UpdateRule
+from learned_opt.rules.kernels import native
 from learned_opt.rules.lstm import LSTMRule, LSTMRuleConfig
 from learned_opt.task import Tensors
 
@@ -137,7 +137,7 @@ def launch(
     factors: Factors,
 ) -> None:
     """Run the kernel; arguments as for `fused_step`, nothing is checked."""
-    from learned_opt.rules import fused_kernel
+    from learned_opt.rules.kernels import fused_kernel
 
     device, n = params.device, params.numel()
     unbias = [1 - config.beta ** (steps + 1) for steps, _ in counts]

@@ -1,9 +1,9 @@
 """The LSTM rule compiled for this machine's processor: `lstm_kernel.cpp`, built once for each configuration.
 
 The first use of a configuration calls the C++ compiler, which takes a second or two; the library is kept and
-loaded from there ever after (`learned_opt.rules.build`). It is used for float32 on the CPU. Where there is no compiler,
-or the environment says LEARNED_OPT_NATIVE=0, plain torch does the work: the same numbers to rounding, which tests hold
-it to. The numbers do not depend on the number of threads.
+loaded from there ever after (`learned_opt.rules.kernels.build`). It is used for float32 on the CPU. Where there is no
+compiler, or the environment says LEARNED_OPT_NATIVE=0, plain torch does the work: the same numbers to rounding, which
+tests hold it to. The numbers do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from learned_opt.rules import build
-from learned_opt.rules import native_calls as calls
 from learned_opt.rules.context import Context, TensorLayout
 from learned_opt.rules.features import NUM_CONTEXT, NUM_MOMENTA
-from learned_opt.rules.native_shape import Inputs, Shape
+from learned_opt.rules.kernels import build
+from learned_opt.rules.kernels import native_calls as calls
+from learned_opt.rules.kernels.native_shape import Inputs, Shape
 from learned_opt.task import Tensors
 
 _SOURCE = Path(__file__).with_name("lstm_kernel.cpp")

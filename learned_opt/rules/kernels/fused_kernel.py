@@ -8,7 +8,8 @@ a power of two, at least 16, which `tl.dot` asks for; padded units stay zero in 
 State is overwritten where it is read. Threads may hold copies of each other's elements, so a barrier stands between the
 last read and the first write of each row.
 
-Importable without Triton, which makes its kernels when this module loads; `learned_opt.rules.fused` loads it late.
+Importable without Triton, which makes its kernels when this module loads; `learned_opt.rules.kernels.fused` loads it
+late.
 """
 
 from __future__ import annotations
