@@ -552,6 +552,38 @@ inline void cell(float* __restrict gates, const float* before, float* after, flo
   }
 }
 
+// How log_size changes, for `read_out`. BRAKES: whether any gradient of the block is clipped and brakes, which is rare.
+template <bool BRAKES>
+inline void grow(const float* directions, const Inputs& in, const float* __restrict active, float* __restrict y,
+                 float* __restrict log_size, float* __restrict kept, float* __restrict by_last,
+                 float* __restrict by_signal, float* __restrict by_clip) {
+  float* __restrict last = y + (OUTPUTS - 1) * WIDTH;
+  const float *__restrict loudness = directions - WIDTH, *__restrict signal = directions - (1 + HUSHED) * WIDTH;
+  const float* __restrict factor = directions + DIRECTIONS * WIDTH;
+  for (int j = 0; j < WIDTH; ++j) {
+    const float growth = HUSHED && last[j] > 0.0f ? in.growth * loudness[j] : in.growth;
+    const float before = log_size[j], rate = last[j], curve = 1.0f - rate * rate;
+    const float weak = TELLS_SIGNAL ? 1.0f - signal[j] : 0.0f, leak = in.leak * weak * weak, keep = 1.0f - leak * curve;
+    float grown = keep * before + growth * rate, slope = 0.0f;
+    bool bound = false;
+    if (BRAKES && (factor[j] < 1.0f) & (grown > -in.most_braked)) {
+      const float some = factor[j] > 1e-30f ? factor[j] : 1e-30f;
+      grown += in.brake * std::log(some);
+      bound = grown < -in.most_braked;
+      grown = bound ? -in.most_braked : grown;
+      slope = factor[j] > 1e-30f ? in.brake / some : 0.0f;
+    }
+    const float held = grown > in.most_grown ? in.most_grown : grown < -MOST_SHRUNK ? -MOST_SHRUNK : grown;
+    bound |= held != grown;
+    if (CLIPS) by_clip[j] = bound ? 0.0f : slope;
+    if (TELLS_SIGNAL) by_signal[j] = bound ? 0.0f : 2.0f * in.leak * weak * curve * before;
+    if (HUSHED) by_last[j] = !bound && rate > 0.0f ? in.growth * rate : 0.0f;
+    last[j] = bound ? 0.0f : curve * (growth + 2.0f * leak * rate * before);
+    kept[j] = bound ? 0.0f : keep;
+    log_size[j] = active[j] != 0.0f ? held : before;
+  }
+}
+
 // The outputs [OUTPUTS, WIDTH] of the network, and the update they make, before `scale` unless it is mixed. Mixed: the
 // first output is the logarithm of the step's size, held within ±range, the next are the shares of the directions, and
 // with GROWS the last changes log_size, which stays as it is where a coordinate may not move. `size` [WIDTH] is what
@@ -579,33 +611,10 @@ inline void read_out(const Weights& w, const float* top, const float* directions
     for (int j = 0; j < WIDTH; ++j) update[j] = y[j] * scale;
   } else {
     if constexpr (GROWS) {
-      float* __restrict last = y + (OUTPUTS - 1) * WIDTH;
-      const float *__restrict loudness = directions - WIDTH, *__restrict signal = directions - (1 + HUSHED) * WIDTH;
-      const float* __restrict factor = directions + DIRECTIONS * WIDTH;
-      for (int j = 0; j < WIDTH; ++j) {
-        const float growth = HUSHED && last[j] > 0.0f ? in.growth * loudness[j] : in.growth;
-        const float before = log_size[j], rate = last[j], curve = 1.0f - rate * rate;
-        const float weak = TELLS_SIGNAL ? 1.0f - signal[j] : 0.0f, leak = in.leak * weak * weak, keep = 1.0f - leak * curve;
-        float grown = keep * before + growth * rate;
-        bool bound = false;
-        if (CLIPS) {
-          by_clip[j] = 0.0f;
-          if ((in.brake > 0.0f) & (factor[j] < 1.0f) & (grown > -in.most_braked)) {
-            grown += in.brake * std::log(factor[j] > 1e-30f ? factor[j] : 1e-30f);
-            bound = grown < -in.most_braked;
-            grown = bound ? -in.most_braked : grown;
-            by_clip[j] = factor[j] > 1e-30f ? in.brake / factor[j] : 0.0f;
-          }
-        }
-        const float held = grown > in.most_grown ? in.most_grown : grown < -MOST_SHRUNK ? -MOST_SHRUNK : grown;
-        bound |= held != grown;
-        if (CLIPS && bound) by_clip[j] = 0.0f;
-        if (TELLS_SIGNAL) by_signal[j] = bound ? 0.0f : 2.0f * in.leak * weak * curve * before;
-        if (HUSHED) by_last[j] = !bound && rate > 0.0f ? in.growth * rate : 0.0f;
-        last[j] = bound ? 0.0f : curve * (growth + 2.0f * leak * rate * before);
-        kept[j] = bound ? 0.0f : keep;
-        log_size[j] = active[j] != 0.0f ? held : before;
-      }
+      bool brakes = false;
+      for (int j = 0; j < WIDTH && CLIPS; ++j) brakes |= (directions + DIRECTIONS * WIDTH)[j] < 1.0f;
+      if (brakes & (in.brake > 0.0f)) grow<true>(directions, in, active, y, log_size, kept, by_last, by_signal, by_clip);
+      else grow<false>(directions, in, active, y, log_size, kept, by_last, by_signal, by_clip);
     }
     for (int i = 0; i < WIDTH; i += LANES) {
       Vec log = in.range * load(y + i);
