@@ -307,8 +307,9 @@ class MixtureRule(CompiledRule):
         """The gradient, clipped, what the LSTM is told of its tensor, zeros without context, and what clipped it."""
         if context is None:
             return grads, grads.new_zeros(self._num_told, len(grads)), torch.ones_like(grads)
-        factor = context[-1] if self.config.clip else torch.ones_like(grads)
-        return grads * factor, context[: self._num_told], factor
+        if not self.config.clip:
+            return grads, context[: self._num_told], torch.ones_like(grads)
+        return grads * context[-1], context[: self._num_told], context[-1]
 
     @functools.cached_property
     def native_shape(self) -> Shape:
