@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,14 +14,14 @@ RULE_NAMES = list(rules.RULES)
 LSTM_NAMES = [name for name, (kind, _) in rules.RULES.items() if kind == "lstm"]
 
 
-def artifact_of(name: str, seed: int = 0) -> Artifact:
-    """Weights of this rule that descend.
+def artifact_of(name: str, seed: int = 0, **settings: Any) -> Artifact:
+    """Weights of this rule, with settings of its own, that descend.
 
     The LSTMs are wired by hand: unit 0 of every layer passes on, with saturated gates, the sign-like input (m/√v or
     the sign) of the layer below, and the read-out steps against it. The other units keep their random weights, so
     that no row of the state is idle.
     """
-    rule = rules.get(name)
+    rule = rules.get(name, **settings)
     theta = rule.init_theta(torch.Generator().manual_seed(seed))
     if rule.kind == "lstm":
         config = rule.settings()

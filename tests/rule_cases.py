@@ -104,17 +104,19 @@ class BasesByHand:
         settings = self.rule.settings()
         grads, state = grads.clone(), {name: value.clone() for name, value in state.items()}
         for k, (start, stop) in enumerate(self._places()):
-            shape = self.shapes[k]
-            if len(shape) < 2 or min(shape[0], (stop - start) // shape[0]) < 2:
-                continue
-            matrix = grads[start:stop].numpy().reshape(shape[0], -1).astype(np.float64)
+            rows, longest = self.shapes[k][0], settings["basis"]
+            if min(rows, (stop - start) // rows) < 2:
+                rows, longest = stop - start, settings["basis_vectors"]
+                if not 2 <= rows <= longest:
+                    continue
+            matrix = grads[start:stop].numpy().reshape(rows, -1).astype(np.float64)
             turns = []
             for side, own in (("left", matrix), ("right", matrix.T)):
                 size = len(own)
                 average, vectors = self.known.get((k, side), (np.zeros((size, size)), np.eye(size)))
                 old = vectors
                 average = settings["basis_decay"] * average + (1 - settings["basis_decay"]) * own @ own.T
-                if size <= settings["basis"] and self.step % settings["basis_every"] == 0:
+                if size <= longest and self.step % settings["basis_every"] == 0:
                     vectors = _gram_schmidt(average / max(np.trace(average), 1e-300) @ vectors + 1e-4 * vectors)
                 self.known[k, side] = average, vectors
                 turns.append((old, vectors))

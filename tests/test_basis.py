@@ -20,6 +20,8 @@ from learned_opt.turning import Turner
 from learned_opt.unroll import inner_steps, learned_move, unroll
 
 BASIS = Basis(longest=6, decay=0.9, every=2)
+WITH_VECTORS = {"basis_vectors": 6}
+VECTORS = pytest.mark.parametrize("settings", [{}, WITH_VECTORS], ids=["matrices", "vectors, too"])
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -44,6 +46,29 @@ def random(*shape, seed=0, dtype=torch.float64):
 )
 def test_which_sides_of_a_tensor_are_turned(shape, expected):
     sides = BASIS.sides(shape)
+    assert (sides and (sides.rows, sides.columns, sides.left, sides.right)) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((), None),
+        ((1,), None),
+        ((1, 1), None),
+        ((0,), None),
+        ((0, 3), None),
+        ((2,), (2, 1, True, False)),
+        ((4,), (4, 1, True, False)),
+        ((5,), None),
+        ((1, 4), (4, 1, True, False)),
+        ((4, 1, 1), (4, 1, True, False)),
+        ((5, 1), None),
+        ((5, 6), (5, 6, True, True)),
+        ((7, 8), None),
+    ],
+)
+def test_which_vectors_are_turned(shape, expected):
+    sides = Basis(longest=6, decay=0.9, every=2, vectors=4).sides(shape)
     assert (sides and (sides.rows, sides.columns, sides.left, sides.right)) == expected
 
 
@@ -127,6 +152,9 @@ def test_without_any_gradient_the_basis_is_the_coordinates():
         ({"basis": -4}, "basis must be 0, for none, or the length of a matrix's side, at least 2; got -4"),
         ({"basis_decay": 1.0}, r"basis_decay must lie in \[0, 1\); got 1.0"),
         ({"basis_every": 0}, "basis_every must be at least 1; got 0"),
+        ({"basis_vectors": 1}, "basis_vectors must be 0, for none, or the length of a vector, at least 2; got 1"),
+        ({"basis_vectors": -2}, "basis_vectors must be 0, for none, or the length of a vector, at least 2; got -2"),
+        ({"basis_vectors": 9, "basis": 0}, "basis_vectors needs basis; got 9 without; give a basis of at least 2"),
     ],
 )
 def test_settings_are_checked(settings, message):
@@ -143,8 +171,9 @@ def particles_of(rule, num=4, longest=7):
     return batched, plan, start_particles(batched, rule, plan, range(num))
 
 
-def test_a_run_of_one_particle_by_hand():
-    rule = rules.get("turned")
+@VECTORS
+def test_a_run_of_one_particle_by_hand(settings):
+    rule = rules.get("turned", **settings)
     theta = theta_of(rule)
     batched, _, particles = particles_of(rule, num=1)
     bases = BasesByHand(rule, batched.shapes)
@@ -159,9 +188,10 @@ def test_a_run_of_one_particle_by_hand():
     assert (vectors.abs() < 0.999).all()  # it has turned
 
 
-def test_particles_have_bases_of_their_own_that_restart_with_them():
+@VECTORS
+def test_particles_have_bases_of_their_own_that_restart_with_them(settings):
     """Together, with restarts at different steps, or one by one: the same bases and the same losses."""
-    rule = rules.get("turned")
+    rule = rules.get("turned", **settings)
     theta = theta_of(rule)
     batched, plan, together = particles_of(rule)
     segment = unroll(rule, theta, batched, plan, together, 17)
@@ -260,8 +290,9 @@ def test_packing_is_undone():
         assert value.equal(basis[name])
 
 
-def test_what_meta_training_ran_is_what_the_optimizer_runs():
-    artifact = artifact_of("turned")
+@VECTORS
+def test_what_meta_training_ran_is_what_the_optimizer_runs(settings):
+    artifact = artifact_of("turned", **settings)
     theta = {n: v.double() for n, v in artifact.theta.items()}
     batched, _, particles = particles_of(artifact.rule, num=1)
     task = {n: v[0] for n, v in particles.tasks.items()}
@@ -282,10 +313,20 @@ def test_what_meta_training_ran_is_what_the_optimizer_runs():
         torch.testing.assert_close(value, particles.basis[f"0.{name}"][0], rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(("shape", "num_bytes"), [((10, 10), 48), ((64, 20), 64), ((7,), 32), ((200, 300), 32)])
-def test_bytes_of_state_a_parameter(shape, num_bytes):
+@pytest.mark.parametrize(
+    ("shape", "num_bytes", "settings"),
+    [
+        ((10, 10), 48, {}),
+        ((64, 20), 64, {}),
+        ((7,), 32, {}),
+        ((200, 300), 32, {}),
+        ((7,), 32 + 7 * 8, {"basis_vectors": 7}),
+        ((8,), 32, {"basis_vectors": 7}),
+    ],
+)
+def test_bytes_of_state_a_parameter(shape, num_bytes, settings):
     param = nn.Parameter(torch.ones(shape))
-    optimizer = LearnedOptimizer([param], artifact_of("turned"))
+    optimizer = LearnedOptimizer([param], artifact_of("turned", **settings))
     param.grad = torch.ones(shape)
     optimizer.step()
     rows = [v for k, v in optimizer.state[param].items() if k != "step"]
@@ -306,6 +347,21 @@ def test_convolutions_are_matrices():
     assert found[0].equal(found[1])
 
 
+def test_a_vector_is_a_matrix_of_one_column():
+    """With its basis a vector [6], a row [1, 6] and a column [6, 1] train alike, and not as they do without."""
+    found = {}
+    for shape, longest in (((6,), 6), ((1, 6), 6), ((6, 1), 6), ((6,), 0)):
+        param = nn.Parameter(random(6).view(shape).clone())
+        optimizer = LearnedOptimizer([param], artifact_of("turned", basis_vectors=longest))
+        for step in range(7):
+            param.grad = random(6, seed=step).view(shape)
+            optimizer.step()
+        found[shape, longest] = param.detach().reshape(-1)
+    with_basis = [found[shape, 6] for shape in ((6,), (1, 6), (6, 1))]
+    assert with_basis[0].equal(with_basis[1]) and with_basis[0].equal(with_basis[2])
+    assert (with_basis[0] - found[(6,), 0]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_basis_is_kept_in_full_precision(dtype):
     model = model_of().to(dtype)
@@ -315,10 +371,11 @@ def test_a_basis_is_kept_in_full_precision(dtype):
     assert state["basis.0"].dtype == torch.float32 and state["m.0"].dtype == torch.bfloat16
 
 
-def test_the_guard_changes_nothing_where_it_has_nothing_to_do():
+@VECTORS
+def test_the_guard_changes_nothing_where_it_has_nothing_to_do(settings):
     models = [model_of() for _ in range(2)]
     for model, guard in zip(models, (False, True)):
-        optimizer = LearnedOptimizer(model.parameters(), artifact_of("turned"), guard=guard)
+        optimizer = LearnedOptimizer(model.parameters(), artifact_of("turned", **settings), guard=guard)
         for step in range(12):
             optimizer.zero_grad()
             loss = loss_of(model, step)
@@ -340,12 +397,14 @@ def test_a_skipped_step_leaves_the_bases_alone():
         assert all(after[index][key].equal(v) for key, v in state.items() if key.startswith(("basis", "m.")))
 
 
+@VECTORS
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by dynamo, on first use
-def test_a_compiled_step_is_the_same_step():
+def test_a_compiled_step_is_the_same_step(settings):
     torch._dynamo.reset()
     models = [model_of(dtype=torch.float64) for _ in range(2)]
     plain, traced = (
-        LearnedOptimizer(model.parameters(), artifact_of("turned"), lr=torch.tensor(0.5)) for model in models
+        LearnedOptimizer(model.parameters(), artifact_of("turned", **settings), lr=torch.tensor(0.5))
+        for model in models
     )
     step = torch.compile(lambda: traced.step(), backend="eager", fullgraph=True)
     train(models[0], plain, 12)

@@ -6,8 +6,8 @@ import torch
 from learned_opt.rules.basis import Basis, Turn, observe, refresh, turn_of, without_noise
 from learned_opt.rules.kernels import basis_native, build
 
-BASIS = Basis(longest=128, decay=0.95, every=5)
-SHAPES = [(2, 2), (3, 5), (8, 8), (16, 33), (31, 4), (64, 20), (128, 128), (128, 2), (3, 300), (200, 17)]
+BASIS = Basis(longest=128, decay=0.95, every=5, vectors=50)
+SHAPES = [(2, 2), (3, 5), (8, 8), (16, 33), (31, 4), (64, 20), (128, 128), (128, 2), (3, 300), (200, 17), (50, 1)]
 LEADS = [(), (1,), (3,)]
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="needs a C++ compiler")

@@ -6,6 +6,7 @@ Checkpoints of more ranks are in tests/integrations/.
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch.distributed as dist
@@ -107,7 +108,7 @@ def test_guard_refuses_sharded_parameters(mesh):
 # Every rank holds parts of the parameters, some of them empty, and compares with the whole. A second group has nothing
 # on the second rank at all, and still the first one waits for it.
 RANKS = """
-import sys
+import json, sys
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -150,7 +151,7 @@ assert (parts["single"].to_local().numel() == 0) == (dist.get_rank() == 1)
 def optimizer_of(params):
     first = [param for name, param in params.items() if name not in ("single", "strided")]
     groups = [{"params": first}, {"params": [params["single"], params["strided"]], "lr": 0.5}]
-    return LearnedOptimizer(groups, artifact_of(sys.argv[1]), chunk_size=int(sys.argv[2]))
+    return LearnedOptimizer(groups, artifact_of(sys.argv[1], **json.loads(sys.argv[3])), chunk_size=int(sys.argv[2]))
 
 
 optimizers = optimizer_of(whole), optimizer_of(parts)
@@ -174,11 +175,17 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    ("name", "native", "chunk_size"),
-    [("paced", "1", 50000), ("turned", "1", 50000), ("paced", "0", 5000), ("compact", "1", 777)],
+    ("name", "native", "chunk_size", "settings"),
+    [
+        ("paced", "1", 50000, {}),
+        ("turned", "1", 50000, {}),
+        ("turned", "1", 50000, {"basis_vectors": 64}),
+        ("paced", "0", 5000, {}),
+        ("compact", "1", 777, {}),
+    ],
 )
-def test_on_two_ranks_a_rule_is_told_of_the_whole_parameter(name, native, chunk_size, tmp_path):
+def test_on_two_ranks_a_rule_is_told_of_the_whole_parameter(name, native, chunk_size, settings, tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS, encoding="utf-8")
-    command = torchrun.command(2, "ranks.py", name, str(chunk_size))
+    command = torchrun.command(2, "ranks.py", name, str(chunk_size), json.dumps(settings))
     done = torchrun.run(command, tmp_path, LEARNED_OPT_NATIVE=native)
     assert done.returncode == 0, done.stderr[-3000:]

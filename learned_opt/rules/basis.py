@@ -12,10 +12,11 @@ of (average)·U. Unlike in SOAP, it begins with U = 1 and with the very first gr
 decomposition, and keeps every column's sign, so that a coordinate stays the same coordinate. What the rule
 remembers linearly of gradients (`UpdateRule.linear_state`) turns along.
 
-A tensor of more than two dimensions is the matrix [first, all others]. What has a single row or column stays as it is,
-and so do the sides of a matrix that are longer than `Basis.longest`. Functions here work on many matrices of one shape
-at once, [..., rows, columns]; on a CPU with a C++ compiler, small ones of float32 go through a kernel of their own
-(`learned_opt.rules.kernels.basis_native`).
+A tensor of more than two dimensions is the matrix [first, all others]. The sides of a matrix that are longer than
+`Basis.longest` stay as they are, and so does what has a single row or column, unless it has at most `Basis.vectors`
+numbers: such a vector is a matrix of one column, of which the rows are turned. Functions here work on many matrices of
+one shape at once, [..., rows, columns]; on a CPU with a C++ compiler, small ones of float32 go through a kernel of
+their own (`learned_opt.rules.kernels.basis_native`).
 """
 
 from __future__ import annotations
@@ -43,17 +44,19 @@ class Basis:
         longest: sides of at most so many rows or columns are turned; at least 2.
         decay: of the averages of G·Gᵀ and Gᵀ·G, in [0, 1).
         every: steps from one change of the basis to the next, at least 1.
+        vectors: what has a single row or column, and at most so many numbers, is turned, too; 0 for none.
     """
 
     longest: int
     decay: float
     every: int
+    vectors: int = 0
 
     def sides(self, shape: Sequence[int]) -> Sides | None:
         """How a tensor of this shape is turned; None if it is not."""
         if torch.compiler.is_compiling():  # which does not look into caches
-            return _sides.__wrapped__(self.longest, tuple(shape))
-        return _sides(self.longest, tuple(shape))
+            return _sides.__wrapped__(self.longest, self.vectors, tuple(shape))
+        return _sides(self.longest, self.vectors, tuple(shape))
 
     def init(
         self, shapes: Sequence[Sequence[int]], num_sets: int, *, dtype: torch.dtype, device: torch.device | str
@@ -106,12 +109,11 @@ class Sides:
 
 
 @functools.lru_cache(maxsize=1024)
-def _sides(longest: int, shape: tuple[int, ...]) -> Sides | None:
-    if len(shape) < 2:
-        return None
-    rows, columns = shape[0], math.prod(shape[1:])
+def _sides(longest: int, vectors: int, shape: tuple[int, ...]) -> Sides | None:
+    rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
     if min(rows, columns) < 2:
-        return None
+        size = rows * columns
+        return Sides(size, 1, left=True, right=False) if 2 <= size <= vectors else None
     left, right = (size <= longest for size in (rows, columns))
     return Sides(rows, columns, left, right) if left or right else None
 

@@ -108,6 +108,8 @@ class MixtureRuleConfig(RuleConfig):
             along sides of at most so many rows or columns; 0 for none.
         basis_decay: decay of those second moments, in [0, 1).
         basis_every: steps from one change of the eigenvectors to the next, at least 1.
+        basis_vectors: vectors of at most so many numbers are taken in such eigenvectors, too, at least 2, or 0 for
+            none; needs `basis`. For every one of n numbers that is 8·n bytes of state a number.
     """
 
     fast: float = 0.9
@@ -132,6 +134,7 @@ class MixtureRuleConfig(RuleConfig):
     basis: int = 0
     basis_decay: float = 0.95
     basis_every: int = 5
+    basis_vectors: int = 0
 
     def __post_init__(self) -> None:
         for name in ("fast", "medium", "slow", "square", "recent_square", "doubt", "leak", "basis_decay"):
@@ -170,6 +173,12 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(
                 f"basis must be 0, for none, or the length of a matrix's side, at least 2; got {self.basis}"
             )
+        if self.basis_vectors < 0 or self.basis_vectors == 1:
+            raise ValueError(
+                f"basis_vectors must be 0, for none, or the length of a vector, at least 2; got {self.basis_vectors}"
+            )
+        if self.basis_vectors and not self.basis:
+            raise ValueError(f"basis_vectors needs basis; got {self.basis_vectors} without; give a basis of at least 2")
 
     @property
     def betas(self) -> tuple[float, ...]:
@@ -194,7 +203,9 @@ class MixtureRule(CompiledRule):
         c = self.config = config or MixtureRuleConfig()
         self._num_told = NUM_CONTEXT + c.signal + (c.loudness > 0) if c.growth else 0
         self.num_context = self._num_told + (c.clip > 0)  # the last row is not told but multiplies the gradient
-        self.basis = Basis(longest=c.basis, decay=c.basis_decay, every=c.basis_every) if c.basis else None
+        self.basis = None
+        if c.basis:
+            self.basis = Basis(longest=c.basis, decay=c.basis_decay, every=c.basis_every, vectors=c.basis_vectors)
 
     def init_theta(self, generator: torch.Generator) -> Tensors:
         """Uniform(±1/√hidden) weights as in `torch.nn.LSTM`, forget bias 1; the read-out a tenth of that, and Adam."""
