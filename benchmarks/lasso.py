@@ -1,6 +1,7 @@
 """A learned optimizer on LASSO as in Open-L2O: 25 measurements, 50 unknowns, weight 0.005, 1,000 iterations.
 
     python -m benchmarks.lasso [compact | FILE] [--out benchmarks/results/lasso.json]
+    python train_optimizer.py --preset lasso        # compact, adapted to the family
 
 Printed: the relative distance to the optimum after 100, 300 and 1,000 steps over meta-test draws, E(f − f*) / E(f*),
 the median of (f − f*) / f* over the draws whose optimum is not 0, and 95 % intervals, beside Adam at the learning
