@@ -1,12 +1,21 @@
 r"""Learned optimizers on ten-dimensional quadratics, in the three conventions of the literature.
 
+    python train_optimizer.py --preset quadratic_basis --run-dir runs/quadratic_normal
+    python train_optimizer.py --preset quadratic_basis --run-dir runs/quadratic_zero_start --trainer.outer-steps 2000 \
+        --trainer.meta-loss.normalization none \
+        --families '{quadratic: {name: quadratic, dim: 10, convention: zero_start}}'
+    python train_optimizer.py --preset quadratic_basis --run-dir runs/quadratic_uniform \
+        --families '{quadratic: {name: quadratic, dim: 10, convention: uniform}}'
+    python -m benchmarks.quadratics --runs runs --out benchmarks/results/quadratics.json
+
+and, coordinate by coordinate with the original's inputs, as in quadratics_l2l.json,
+
     python train_optimizer.py --preset quadratic --run-dir runs/quadratic_normal
     python train_optimizer.py --preset quadratic_zero_start --run-dir runs/first
     python train_optimizer.py --preset quadratic_zero_start --run-dir runs/quadratic_zero_start \
         --start-from runs/first/optimizer.safetensors --trainer.num-particles 512 --trainer.outer-steps 800 \
         --trainer.learning-rate 1e-3 --trainer.validation-every 50
     python train_optimizer.py --preset quadratic_uniform --run-dir runs/quadratic_uniform
-    python -m benchmarks.quadratics --runs runs --out benchmarks/results/quadratics.json
 
 For each convention: mean and median over fresh meta-test draws of the loss at steps 100 and 200, and the sum of the
 mean loss over the first 100 steps, with 95 % bootstrap intervals, beside SGD, Nesterov momentum, RMSprop and Adam at
