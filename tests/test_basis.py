@@ -20,8 +20,7 @@ from learned_opt.turning import Turner
 from learned_opt.unroll import inner_steps, learned_move, unroll
 
 BASIS = Basis(longest=6, decay=0.9, every=2)
-WITH_VECTORS = {"basis_vectors": 6}
-VECTORS = pytest.mark.parametrize("settings", [{}, WITH_VECTORS], ids=["matrices", "vectors, too"])
+VECTORS = pytest.mark.parametrize("settings", [{}, {"basis_vectors": 6}], ids=["matrices", "vectors, too"])
 
 
 def random(*shape, seed=0, dtype=torch.float64):

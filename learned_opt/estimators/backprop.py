@@ -77,12 +77,12 @@ class TruncatedBackprop(Estimator):
         """Particles at the start of their first episode.
 
         Raises:
-            ValueError: order 2 with a rule that takes matrices in a basis, on a loss without second derivative, or on
+            ValueError: order 2 with a rule that takes parameters in a basis, on a loss without second derivative, or on
                 delayed gradients.
         """
         if self.order == 2 and work.rule.turns(work.batched.shapes):
             raise ValueError(
-                f"order=2 cannot differentiate through the bases that rule {work.rule.kind!r} takes matrices in; "
+                f"order=2 cannot differentiate through the bases that rule {work.rule.kind!r} takes parameters in; "
                 "use order=1, an evolution strategy (es, pes, nres), or a rule without (basis=0)"
             )
         if self.order == 2 and work.batched.family.gradient_delay:

@@ -114,13 +114,13 @@ class Imitation(Estimator):
         """Particles at the start of their first episode.
 
         Raises:
-            ValueError: a rule or a teacher that takes matrices in a basis, on tasks that have some.
+            ValueError: a rule or a teacher that takes parameters in a basis, on tasks that have such.
         """
         for who, rule in (("rule", work.rule), ("teacher", self.teacher)):
             if rule.turns(work.batched.shapes):
                 raise ValueError(
-                    f"imitation compares updates coordinate by coordinate, and {who} {rule.kind!r} takes matrices in a "
-                    f"basis of its own; use another estimator, or a {who} without (basis=0)"
+                    f"imitation compares updates coordinate by coordinate, and {who} {rule.kind!r} takes parameters "
+                    f"in a basis of its own; use another estimator, or a {who} without (basis=0)"
                 )
         chosen = [i for i in ids if self.imitates(i)]
         rest = [i for i in ids if not self.imitates(i)]

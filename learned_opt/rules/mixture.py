@@ -169,14 +169,10 @@ class MixtureRuleConfig(RuleConfig):
         for name in ("hidden_size", "basis_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.basis < 0 or self.basis == 1:
-            raise ValueError(
-                f"basis must be 0, for none, or the length of a matrix's side, at least 2; got {self.basis}"
-            )
-        if self.basis_vectors < 0 or self.basis_vectors == 1:
-            raise ValueError(
-                f"basis_vectors must be 0, for none, or the length of a vector, at least 2; got {self.basis_vectors}"
-            )
+        for name, what in (("basis", "a matrix's side"), ("basis_vectors", "a vector")):
+            value = getattr(self, name)
+            if value < 0 or value == 1:
+                raise ValueError(f"{name} must be 0, for none, or the length of {what}, at least 2; got {value}")
         if self.basis_vectors and not self.basis:
             raise ValueError(f"basis_vectors needs basis; got {self.basis_vectors} without; give a basis of at least 2")
 
