@@ -46,6 +46,7 @@ from learned_opt.evaluation import (
     Learned,
     Result,
     RunCache,
+    Total,
     compare,
     find,
     totals,
@@ -244,13 +245,14 @@ def folder_for(arguments: Arguments, plan: Plan) -> Path:
     return folder
 
 
-def save_results(comparison: Comparison, plan: Plan, folder: Path) -> None:
-    """Write all results so far."""
+def save_results(comparison: Comparison, plan: Plan, folder: Path, sums: Sequence[Total] = ()) -> None:
+    """Write all results so far, and at the end what they come to over all families."""
     found = {
         "settings": plan.settings,
         "library_version": __version__,
         "torch": torch.__version__,
         "complete": len(comparison.results) == comparison.num_expected,
+        "totals": [total.to_json() for total in sums],
         "comparison": comparison.to_json(),
     }
     write_atomically(folder / "results.json", json.dumps(found, indent=1, allow_nan=False).encode())
@@ -302,7 +304,9 @@ def run(arguments: Arguments) -> int:
     if cache is not None:
         damaged = f", {cache.num_damaged} damaged ones among them" if cache.num_damaged else ""
         progress.say(f"runs from the cache: {cache.num_found}; computed: {cache.num_computed}{damaged}")
-    report(comparison, explanations, arguments, plan, folder, tracker, progress)
+    sums = totals(comparison, num_resamples=arguments.evaluation.num_resamples)
+    save_results(comparison, plan, folder, sums)
+    report(comparison, sums, explanations, arguments, plan, folder, tracker, progress)
     tracker.finish(exit_code=1 if status else 0)
     return status
 
@@ -325,6 +329,7 @@ def explain_all(arguments: Arguments, plan: Plan, progress: ComparisonProgress) 
 
 def report(
     comparison: Comparison,
+    sums: Sequence[Total],
     explanations: dict[str, Explanation],
     arguments: Arguments,
     plan: Plan,
@@ -333,7 +338,6 @@ def report(
     progress: ComparisonProgress,
 ) -> None:
     """Print the tables, write pictures and page, and send all of it to the tracker."""
-    sums = totals(comparison, num_resamples=arguments.evaluation.num_resamples)
     progress.say("\n" + comparison.table())
     if sums:
         progress.say("\n" + totals_table(sums, comparison.reference))

@@ -1,13 +1,14 @@
 """An optimizer that was trained on short horizons, on runs a hundred times as long, beside Adam tuned for each of them.
 
-    python -m benchmarks.long_horizons [rnnprop | FILE] [--data-dir FOLDER] --out benchmarks/results/long_horizons.json
+    python -m benchmarks.long_horizons [rnnprop | FILE ...] [--data-dir FOLDER] --out long_horizons.json
 
 MNIST networks as in Lv, Jiang and Li 2017: hidden layers of 20 units, batches of 128, weights from N(0, 0.1²); one
 layer with sigmoid, ReLU, ELU and tanh units, and two to six layers with sigmoid units; 100, 2,000 and 10,000 steps. A
 final loss is the mean of the last twentieth of a run. Printed for each: the mean over ten meta-test draws, its ratio to
 Adam's with 95 % intervals of a paired bootstrap over draws, and how many runs diverged. Adam's learning rate is the
 best of a half-decade grid on meta-validation draws, by the same final loss. Half of the images are for
-meta-test. Results are saved as they come, and a second call goes on with what is missing.
+meta-test. Several optimizers share Adam's runs. Results are saved as they come, and a second call goes on with what
+is missing.
 """
 
 from __future__ import annotations
@@ -36,39 +37,46 @@ HORIZONS = (100, 2_000, 10_000)
 
 
 def measure(
-    artifact: Artifact, family: ImageMLP, horizons: Sequence[int], num_tasks: int, tuning: int
-) -> dict[str, Any]:
-    """The numbers of one network: {horizon: ...}."""
+    artifacts: Sequence[Artifact], family: ImageMLP, horizons: Sequence[int], num_tasks: int, tuning: int
+) -> dict[str, dict[str, Any]]:
+    """The numbers of one network: {identity of the optimizer: {horizon: ...}}."""
     batched = BatchedFamily(family)
-    draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks}
-    learned = run_rule(artifact.rule, artifact.theta, batched, horizon=max(horizons), **draws).losses.double().numpy()
-    found = {}
-    for horizon in horizons:
-        rate, adam = tuned_adam(batched, horizon, tuning_tasks=tuning, num_tasks=num_tasks)
-        ours, theirs = final_losses(learned[: horizon + 1]), final_losses(adam)
-        found[str(horizon)] = {
-            "adam's rate": rate,
-            "final loss": {"learned": float(ours.mean()), "adam": float(theirs.mean())},
-            "final loss over adam's": plain(bootstrap(ratio_of_means, ours, theirs)),
-            "median of the ratios": float(np.median(ours / theirs)),
-            "worst": {"learned": float(ours.max()), "adam": float(theirs.max())},
-            "diverged": int(diverged(learned[: horizon + 1]).sum()),
-        }
+    adam = {horizon: tuned_adam(batched, horizon, tuning_tasks=tuning, num_tasks=num_tasks) for horizon in horizons}
+    draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks, "horizon": max(horizons)}
+    found: dict[str, dict[str, Any]] = {}
+    for artifact in artifacts:
+        losses = run_rule(artifact.rule, artifact.theta, batched, **draws).losses.double().numpy()
+        rows = {str(h): beside_adam(losses[: h + 1], *adam[h]) for h in horizons}
+        found[artifact.identity] = rows
     return found
+
+
+def beside_adam(learned: np.ndarray, rate: float, adam: np.ndarray) -> dict[str, Any]:
+    """What is reported of losses [steps + 1, runs] and those of Adam at `rate`."""
+    ours, theirs = final_losses(learned), final_losses(adam)
+    return {
+        "adam's rate": rate,
+        "final loss": {"learned": float(ours.mean()), "adam": float(theirs.mean())},
+        "median": {"learned": float(np.median(ours)), "adam": float(np.median(theirs))},
+        "final loss over adam's": plain(bootstrap(ratio_of_means, ours, theirs)),
+        "median of the ratios": float(np.median(ours / theirs)),
+        "worst": {"learned": float(ours.max()), "adam": float(theirs.max())},
+        "diverged": int(diverged(learned).sum()),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = command_line(str(__doc__), weights="rnnprop", networks=NETWORKS, horizons=HORIZONS, num_tasks=10)
+    parser = command_line(str(__doc__), weights=["rnnprop"], networks=NETWORKS, horizons=HORIZONS, num_tasks=10)
     parser.add_argument("--tuning-tasks", type=int, default=4)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    artifact = load(options.weights)
+    artifacts = [load(name) for name in options.weights]
     given = ["--data-dir FOLDER"] if options.data_dir else []
     document = {
-        "command": " ".join(["python -m benchmarks.long_horizons", options.weights, *given]),
+        "command": " ".join(["python -m benchmarks.long_horizons", *options.weights, *given]),
         "data": "the 10,000 test images" if options.data_dir else f"{options.dataset}, all images",
-        "optimizer": artifact.identity,
+        "optimizers": [artifact.identity for artifact in artifacts],
         "num_tasks": options.num_tasks,
         "tuning_tasks": options.tuning_tasks,
         "horizons": list(options.horizons),
@@ -90,15 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.networks:
         if name not in results:
             family = ImageMLP(**NETWORKS[name], **settings)
-            results[name] = measure(artifact, family, options.horizons, options.num_tasks, options.tuning_tasks)
+            results[name] = measure(artifacts, family, options.horizons, options.num_tasks, options.tuning_tasks)
             write(options.out, document)
-        for horizon, found in results[name].items():
-            final, losses = found["final loss over adam's"], found["final loss"]
-            print(
-                f"{name}, {horizon} steps: {losses['learned']:.3g} against {losses['adam']:.3g}, ratio {final[0]:.2f} "
-                f"[{final[1]:.2f}, {final[2]:.2f}], median {found['median of the ratios']:.2f}; worst "
-                f"{found['worst']['learned']:.3g} against {found['worst']['adam']:.3g}; {found['diverged']} diverged"
-            )
+        for identity, rows in results[name].items():
+            for horizon, found in rows.items():
+                final, losses = found["final loss over adam's"], found["final loss"]
+                print(
+                    f"{identity}: {name}, {horizon} steps: {losses['learned']:.3g} against {losses['adam']:.3g}, ratio "
+                    f"{final[0]:.2f} [{final[1]:.2f}, {final[2]:.2f}], median {found['median of the ratios']:.2f}; "
+                    f"worst {found['worst']['learned']:.3g} against {found['worst']['adam']:.3g}; "
+                    f"{found['diverged']} diverged",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -51,11 +51,17 @@ def measure(artifact: Artifact, family: ImageMLP, horizon: int, num_tasks: int) 
 
 
 def command_line(
-    description: str, *, weights: str, networks: Mapping[str, Any], horizons: Sequence[int], num_tasks: int
+    description: str,
+    *,
+    weights: str | list[str],
+    networks: Mapping[str, Any],
+    horizons: Sequence[int],
+    num_tasks: int,
 ) -> argparse.ArgumentParser:
-    """What benchmarks on MNIST networks are told, with these defaults."""
+    """What benchmarks on MNIST networks are told, with these defaults: one optimizer, or several where a list is."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", nargs="?", default=weights, help="a name that ships, or an exported file")
+    several = "*" if isinstance(weights, list) else "?"
+    parser.add_argument("weights", nargs=several, default=weights, help="a name that ships, or an exported file")
     parser.add_argument("--data-dir", default="", help="folder with IDX files; by default downloaded")
     parser.add_argument("--dataset", default="mnist")
     parser.add_argument("--networks", nargs="+", choices=networks, default=list(networks))

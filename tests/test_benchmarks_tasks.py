@@ -50,8 +50,9 @@ def test_long_horizons_go_on_with_what_is_missing(tmp_path, monkeypatch, capsys)
     results = tmp_path / "long_horizons.json"
     small = ["adam", "--dataset", "digits", "--horizons", "10", "40", "--num-tasks", "3", "--tuning-tasks", "2"]
     long_horizons.main([*small, "--networks", "relu", "--out", str(results)])
-    rows = json.loads(results.read_text())["results"]["relu"]
-    assert list(rows) == ["10", "40"]
+    saved = json.loads(results.read_text())
+    ((identity, rows),) = saved["results"]["relu"].items()
+    assert saved["optimizers"] == [identity] and list(rows) == ["10", "40"]
     for row in rows.values():
         value, low, high = row["final loss over adam's"]
         assert 1 < low <= value <= high and row["diverged"] == 0  # Adam at 1e-3 beside Adam at its best rate
@@ -61,12 +62,21 @@ def test_long_horizons_go_on_with_what_is_missing(tmp_path, monkeypatch, capsys)
     # The same as a run of its own, measured by the library's own tuning.
     family = BatchedFamily(ImageMLP(dataset="digits", hidden=(20,), activation="relu", batch_size=128, init_scale=0.1))
     assert rows["40"]["adam's rate"] == tune(BASELINES["adam"], family, seed=0, num_tasks=2, horizon=40).rate
-    measured = []
-    monkeypatch.setattr(long_horizons, "measure", lambda artifact, family, *rest: measured.append(family) or rows)
+    measured, found = [], {identity: rows}
+    monkeypatch.setattr(long_horizons, "measure", lambda artifacts, family, *rest: measured.append(family) or found)
     long_horizons.main([*small, "--networks", "relu", "sigmoid, 3 layers", "--out", str(results)])
     assert [family.hidden for family in measured] == [(20, 20, 20)]
     assert list(json.loads(results.read_text())["results"]) == ["relu", "sigmoid, 3 layers"]
     assert "relu, 40 steps" in capsys.readouterr().out
+
+
+def test_several_optimizers_share_adam_on_long_horizons(tmp_path):
+    small = ["--dataset", "digits", "--horizons", "10", "--num-tasks", "3", "--tuning-tasks", "2", "--networks", "relu"]
+    for names in (["adam"], ["rnnprop", "adam"]):
+        long_horizons.main([*names, *small, "--out", str(tmp_path / f"{len(names)}.json")])
+    (one,), both = (json.loads((tmp_path / f"{n}.json").read_text())["results"]["relu"].items() for n in (1, 2))
+    other, same = both
+    assert same == one and other[0].startswith("rnnprop@") and other[1] != one[1]
 
 
 def test_lasso_beside_the_optimum(tmp_path, monkeypatch, capsys):

@@ -7,11 +7,14 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import trim_mean
 
 import evaluate_optimizer
 import tasks
+from benchmarks import suite_summary
 from learned_opt import rules, save_artifact
 from learned_opt.evaluation import BASELINES, find
 from learned_opt.task import TaskFamily
@@ -73,6 +76,11 @@ def test_everything_is_written_and_a_second_time_nothing_is_computed(command, we
     assert first["complete"] and len(first["comparison"]["results"]) == 6
     assert [r["horizon"] for r in first["comparison"]["results"]] == [8, 8, 8, 6, 6, 6]
     assert "6/6  bowl, sgd: final loss" in out and "over all families" in out
+    # What it comes to over all families is in the file, too.
+    mine = next(total for total in first["totals"] if total["optimizer"] == "mine")
+    tasks = [r["scores"]["task_speedups"] for r in first["comparison"]["results"] if r["optimizer"] == "mine"]
+    assert mine["speedup"]["value"] == pytest.approx(trim_mean(np.concatenate(tasks), 0.25))
+    assert [total["optimizer"] for total in first["totals"]] == ["mine", "adam", "sgd"] and mine["missing"] == []
     assert set(json.loads((tmp_path / "out" / "explanations.json").read_text())) == {"mine"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "What mine has learned" in page and f"mine@{first['settings']['optimizers']['mine'].split('@')[1]}" in page
@@ -84,6 +92,40 @@ def test_everything_is_written_and_a_second_time_nothing_is_computed(command, we
     status, out, err = command("other=adam", *arguments, "--explain-families", "-1", out="elsewhere")
     assert status == 0, err
     assert f"runs from the cache: {computed}; computed: 2" in out
+
+
+def test_what_a_comparison_comes_to_is_summarized(command, weights, tmp_path, capsys):
+    Path("one.yaml").write_text("square: {name: quadratic, dim: 2}")
+    status, _, err = command(weights, "--families", "one.yaml", "--baselines", "adam", "--explain-families", "-1")
+    assert status == 0, err
+    whole, file = results(), tmp_path / "out" / "results.json"
+    suite_summary.main([str(file), "--command", "made it", "--out", str(tmp_path / "small.json")])
+    small = json.loads((tmp_path / "small.json").read_text())
+    (mine,) = [row for row in whole["comparison"]["results"] if row["optimizer"] == "mine"]
+    (adam,) = [row for row in whole["comparison"]["results"] if row["optimizer"] == "adam"]
+    assert small["command"] == "made it" and small["optimizers"] == whole["settings"]["optimizers"]
+    found = small["8 steps"]
+    assert found["adam rates"]["square"] == pytest.approx(adam["tuning"]["rate"], rel=1e-3)
+    assert found["mine"]["families"]["square"]["speedup"][0] == pytest.approx(
+        mine["scores"]["speedup"]["value"], rel=1e-3
+    )
+    assert found["mine"]["speedup"][0] == pytest.approx(whole["totals"][0]["speedup"]["value"], rel=1e-3)
+    assert (found["mine"]["num_tasks"], found["mine"]["num_diverged"]) == (2, 0) and "mine [" in capsys.readouterr().out
+    # What is not finished, or cannot be read as one horizon, is refused.
+    for change, message in (
+        (lambda d: d | {"complete": False}, "is of a comparison that is not finished"),
+        (lambda d: d["comparison"]["results"][0].update(horizon=9) or d, "must have one horizon"),
+    ):
+        file.write_text(json.dumps(change(results())))
+        with pytest.raises(SystemExit):
+            suite_summary.main([str(file)])
+        assert message in capsys.readouterr().err
+        file.write_text(json.dumps(whole))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(whole | {"settings": whole["settings"] | {"optimizers": {"mine": "else@1"}}}))
+    with pytest.raises(SystemExit):
+        suite_summary.main([str(file), str(other)])
+    assert "compares other optimizers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -103,7 +145,7 @@ def test_an_interruption_loses_nothing(command, weights, monkeypatch, number):
     status, out, _ = command(*arguments, reported=reported)
     assert status == 128 + number and "interrupted; the same command goes on from here" in out
     found = results()
-    assert not found["complete"] and len(found["comparison"]["results"]) == 3
+    assert not found["complete"] and len(found["comparison"]["results"]) == 3 and len(found["totals"]) == 3
     if reported:
         with open("out/report.html", encoding="utf-8") as file:
             assert "This comparison is not complete: 3 of 6 results are here." in file.read()

@@ -15,12 +15,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from learned_opt.evaluation.metrics import Array, Interval
-from learned_opt.evaluation.results import Comparison, Result, format_cell, format_line, format_number
+from learned_opt.evaluation.results import Comparison, Result, format_cell, format_line, format_number, plain_values
 
 Strata = Sequence[npt.ArrayLike]
 """One vector per family: a number for each of its tasks."""
@@ -168,6 +169,12 @@ class Total:
     num_diverged: int
     num_thrown_back: int
     missing: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers; a number that is not finite becomes None."""
+        found = plain_values(dataclasses.asdict(self))
+        assert isinstance(found, dict)
+        return found
 
 
 def totals(comparison: Comparison, *, num_resamples: int = 2000) -> list[Total]:

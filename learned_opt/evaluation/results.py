@@ -167,8 +167,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, strictly valid JSON: a number that is not finite becomes None."""
-        plain = _plain(dataclasses.asdict(self))
-        plain["results"] = [_plain(dataclasses.asdict(result)) for result in self.ordered()]
+        plain = plain_values(dataclasses.asdict(self))
+        plain["results"] = [plain_values(dataclasses.asdict(result)) for result in self.ordered()]
         assert isinstance(plain, dict)
         return plain
 
@@ -279,11 +279,12 @@ def _steps(scores: Scores, horizon: int) -> str:
     return f"{f'{steps:g}' if math.isfinite(steps) else f'> {horizon}'} ({scores.share_reached:.0%})"
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """What strictly valid JSON can hold: tuples become lists, and a number that is not finite None."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain_values(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
