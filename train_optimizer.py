@@ -219,13 +219,14 @@ def exported_rule(settings: RunConfig, rule: UpdateRule) -> UpdateRule:
     return out
 
 
-def export(trainer: MetaTrainer, settings: RunConfig, folder: RunFolder) -> Artifact:
-    """Write the best theta as one file."""
+def export(trainer: MetaTrainer, start: Tensors, settings: RunConfig, folder: RunFolder) -> Artifact:
+    """Write the best theta, or what lies between it and where training began, as one file."""
     rule = exported_rule(settings, trainer.rule)
     trained_with = {name: trainer.rule.settings()[name] for name in settings.export_settings}
     provenance = {
         "families": settings.families,
         "trained_with": trained_with,
+        "export_share": settings.export_share,
         "start_from": settings.start_from,
         "estimator": settings.estimator,
         "horizon": settings.trainer.horizons.longest,
@@ -237,6 +238,8 @@ def export(trainer: MetaTrainer, settings: RunConfig, folder: RunFolder) -> Arti
         "torch": torch.__version__,
     }
     theta, initial = split(trainer.best_theta if trainer.best_theta is not None else trainer.theta)
+    if settings.export_share < 1:
+        theta = {name: start[name] + settings.export_share * (value - start[name]) for name, value in theta.items()}
     initial_params = {label: trainer.work[label].batched.unflatten(flat) for label, flat in initial.items()}
     return save_artifact(folder.optimizer, rule, theta, provenance, name=settings.rule, initial_params=initial_params)
 
@@ -292,6 +295,7 @@ def run(arguments: Arguments, ranks: Ranks = ALONE, job: managed.ManagedJob | No
             folder.release()
             raise
 
+    start = {name: value.clone() for name, value in trainer.theta.items()}
     path, resuming, state = ranks.first(take)
     folder = held[0] if held else RunFolder(path)  # the first rank's is locked
     if state is not None:
@@ -314,7 +318,7 @@ def run(arguments: Arguments, ranks: Ranks = ALONE, job: managed.ManagedJob | No
             return 128 + stopped
         if not ranks.is_first:
             return 0  # what is left is for one process
-        artifact = export(trainer, settings, folder)
+        artifact = export(trainer, start, settings, folder)
         tracker.log_artifact(
             folder.optimizer, name=f"optimizer-{settings.rule}", metadata={"hash": artifact.hash, **artifact.provenance}
         )

@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row["speedup"] = float(trim_mean(np.concatenate(found[name]), 0.25))
         row["lost_steps"] = sum(one["lost_steps"] for one in row["families"].values())
         each = ", ".join(f"{label} {one['speedup']:.2f}" for label, one in row["families"].items())
-        print(f"{name}: speed-up {row['speedup']:.2f}, {row['lost_steps']} steps lost; {each}")
+        print(f"{name}: speed-up {row['speedup']:.2f}, {row['lost_steps']} steps lost; {each}", flush=True)
     write(options.out, document)
 
 

@@ -34,6 +34,9 @@ class RunConfig:
         rule_settings: settings of the rule that differ from the named ones.
         export_settings: settings of the rule that the exported file has instead of those it is trained with, for
             instance because training on short stretches would learn to undo them; theta's shapes must stay.
+        export_share: how far the exported theta is from the one that training began with, as a share of the way that
+            training took it, in (0, 1]: what lies between often does better on what training had none of (Wortsman et
+            al. 2022, arXiv:2109.01903).
         start_from: exported file, or name of an optimizer that ships, whose theta to start from, for instance to go on
             with another estimator; empty to start afresh.
         families: label -> task family to meta-train on, as {name: …, setting: value, …}.
@@ -59,6 +62,7 @@ class RunConfig:
     rule: str = "compact"
     rule_settings: Settings = dataclasses.field(default_factory=dict)
     export_settings: Settings = dataclasses.field(default_factory=dict)
+    export_share: float = 1.0
     start_from: str = ""
     families: dict[str, Settings] = dataclasses.field(default_factory=lambda: {"digits": {"name": "image_mlp"}})
     validation_families: dict[str, Settings] = dataclasses.field(default_factory=dict)
@@ -79,6 +83,8 @@ class RunConfig:
         for name in ("checkpoint_every", "keep_checkpoints", "num_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 < self.export_share <= 1:
+            raise ValueError(f"export_share must be over 0 and at most 1, which is all; got {self.export_share}")
         if self.diagnose_every < 0:
             raise ValueError(f"diagnose_every must be non-negative; got {self.diagnose_every}")
         if not self.families:

@@ -252,6 +252,33 @@ def test_the_exported_rule_may_have_other_settings_than_the_trained_one(in_proce
     assert torch.equal(train_optimizer.assemble(again).theta["output.bias"], changed.theta["output.bias"])
 
 
+def test_what_lies_between_the_start_and_the_trained_theta_may_be_exported(in_process, undisturbed, tmp_path):
+    whole = load_artifact(undisturbed / "optimizer.safetensors")
+    path = config_file(tmp_path, export_share=0.25)
+    folder = tmp_path / "run"
+    status, said = in_process("--config", path, "--run-dir", str(folder))
+    assert status == 0, said
+    part = load_artifact(folder / "optimizer.safetensors")
+    start = train_optimizer.assemble(load(Path(path))).theta
+    assert part.provenance["export_share"] == 0.25 and whole.provenance["export_share"] == 1.0
+    moved = 0.0
+    for name, value in whole.theta.items():
+        torch.testing.assert_close(part.theta[name], 0.75 * start[name] + 0.25 * value)
+        moved = max(moved, (value - start[name]).abs().max().item())
+    assert moved > 1e-4
+    # The same after a stop: where training began is not where it went on.
+    stopped = tmp_path / "stopped"
+    shutil.copytree(folder, stopped)
+    (stopped / "optimizer.safetensors").unlink()
+    for late in (27, 30):
+        for file in (stopped / "checkpoints").glob(f"*-{late:08d}.*"):
+            file.unlink()
+    status, said = in_process("--resume", str(stopped))
+    assert status == 0 and "continuing at outer step 24" in said, said
+    again = load_artifact(stopped / "optimizer.safetensors")
+    assert all(torch.equal(value, again.theta[name]) for name, value in part.theta.items())
+
+
 def test_evaluation_writes_table_results_and_picture(in_process, tmp_path):
     small = {**SMALL["trainer"], "outer_steps": 2}
     evaluation = {"horizon": 6, "num_tasks": 3, "seeds": [0, 1], "num_validation_tasks": 2, "num_resamples": 50}
