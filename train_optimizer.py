@@ -295,7 +295,7 @@ def run(arguments: Arguments, ranks: Ranks = ALONE, job: managed.ManagedJob | No
             folder.release()
             raise
 
-    start = {name: value.clone() for name, value in trainer.theta.items()}
+    start = {name: value.clone() for name, value in split(trainer.theta)[0].items()}
     path, resuming, state = ranks.first(take)
     folder = held[0] if held else RunFolder(path)  # the first rank's is locked
     if state is not None:
