@@ -7,8 +7,8 @@ layer with sigmoid, ReLU, ELU and tanh units, and two to six layers with sigmoid
 final loss is the mean of the last twentieth of a run. Printed for each: the mean over ten meta-test draws, its ratio to
 Adam's with 95 % intervals of a paired bootstrap over draws, and how many runs diverged. Adam's learning rate is the
 best of a half-decade grid on meta-validation draws, by the same final loss. Half of the images are for
-meta-test. Several optimizers share Adam's runs. Results are saved as they come, and a second call goes on with what
-is missing.
+meta-test. Results are saved as they come, Adam's final losses with them: a second call goes on with what is missing,
+networks and optimizers, and runs Adam only on networks that it was not run on.
 """
 
 from __future__ import annotations
@@ -36,26 +36,28 @@ NETWORKS: dict[str, dict[str, Any]] = {
 HORIZONS = (100, 2_000, 10_000)
 
 
-def measure(
-    artifacts: Sequence[Artifact], family: ImageMLP, horizons: Sequence[int], num_tasks: int, tuning: int
-) -> dict[str, dict[str, Any]]:
-    """The numbers of one network: {identity of the optimizer: {horizon: ...}}."""
-    batched = BatchedFamily(family)
-    adam = {horizon: tuned_adam(batched, horizon, tuning_tasks=tuning, num_tasks=num_tasks) for horizon in horizons}
-    draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks, "horizon": max(horizons)}
-    found: dict[str, dict[str, Any]] = {}
-    for artifact in artifacts:
-        losses = run_rule(artifact.rule, artifact.theta, batched, **draws).losses.double().numpy()
-        rows = {str(h): beside_adam(losses[: h + 1], *adam[h]) for h in horizons}
-        found[artifact.identity] = rows
+def adam_of(batched: BatchedFamily, horizons: Sequence[int], num_tasks: int, tuning: int) -> dict[str, dict[str, Any]]:
+    """Tuned Adam on one network: {horizon: its rate and final losses}."""
+    found = {}
+    for horizon in horizons:
+        rate, losses = tuned_adam(batched, horizon, tuning_tasks=tuning, num_tasks=num_tasks)
+        found[str(horizon)] = {"rate": rate, "final losses": final_losses(losses).tolist()}
     return found
 
 
-def beside_adam(learned: np.ndarray, rate: float, adam: np.ndarray) -> dict[str, Any]:
-    """What is reported of losses [steps + 1, runs] and those of Adam at `rate`."""
-    ours, theirs = final_losses(learned), final_losses(adam)
+def measure(artifact: Artifact, batched: BatchedFamily, num_tasks: int, adam: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of one optimizer on one network: {horizon: ...}, for the horizons of `adam`."""
+    draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks}
+    longest = max(map(int, adam))
+    losses = run_rule(artifact.rule, artifact.theta, batched, horizon=longest, **draws).losses.double().numpy()
+    return {horizon: beside_adam(losses[: int(horizon) + 1], its) for horizon, its in adam.items()}
+
+
+def beside_adam(learned: np.ndarray, adam: dict[str, Any]) -> dict[str, Any]:
+    """What is reported of losses [steps + 1, runs] beside Adam's rate and final losses."""
+    ours, theirs = final_losses(learned), np.array(adam["final losses"])
     return {
-        "adam's rate": rate,
+        "adam's rate": adam["rate"],
         "final loss": {"learned": float(ours.mean()), "adam": float(theirs.mean())},
         "median": {"learned": float(np.median(ours)), "adam": float(np.median(theirs))},
         "final loss over adam's": plain(bootstrap(ratio_of_means, ours, theirs)),
@@ -71,21 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tuning-tasks", type=int, default=4)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    artifacts = [load(name) for name in options.weights]
+    artifacts = {artifact.identity: artifact for artifact in map(load, options.weights)}
     given = ["--data-dir FOLDER"] if options.data_dir else []
-    document = {
-        "command": " ".join(["python -m benchmarks.long_horizons", *options.weights, *given]),
+    command = " ".join(["python -m benchmarks.long_horizons", *options.weights, *given])
+    setup = {
         "data": "the 10,000 test images" if options.data_dir else f"{options.dataset}, all images",
-        "optimizers": [artifact.identity for artifact in artifacts],
         "num_tasks": options.num_tasks,
         "tuning_tasks": options.tuning_tasks,
         "horizons": list(options.horizons),
-        "results": {},
     }
+    document: dict[str, Any] = {"commands": [], **setup, "optimizers": [], "results": {}, "adam": {}}
     if options.out is not None and options.out.exists():
         former = json.loads(options.out.read_text())
-        if all(former.get(key) == value for key, value in document.items() if key != "results"):
+        if former.keys() >= document.keys() and all(former[key] == value for key, value in setup.items()):
             document = former
+    for key, values in (("commands", [command]), ("optimizers", artifacts)):
+        document[key] += [value for value in values if value not in document[key]]
     settings: dict[str, Any] = {
         "batch_size": 128,
         "init_scale": 0.1,
@@ -96,10 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings["meta_test_from"] = 5_000
     results: dict[str, Any] = document["results"]
     for name in options.networks:
-        if name not in results:
-            family = ImageMLP(**NETWORKS[name], **settings)
-            results[name] = measure(artifacts, family, options.horizons, options.num_tasks, options.tuning_tasks)
+        batched = BatchedFamily(ImageMLP(**NETWORKS[name], **settings))
+        if name not in document["adam"]:
+            document["adam"][name] = adam_of(batched, options.horizons, options.num_tasks, options.tuning_tasks)
             write(options.out, document)
+        for identity, artifact in artifacts.items():
+            if identity not in results.setdefault(name, {}):
+                results[name][identity] = measure(artifact, batched, options.num_tasks, document["adam"][name])
+                write(options.out, document)
         for identity, rows in results[name].items():
             for horizon, found in rows.items():
                 final, losses = found["final loss over adam's"], found["final loss"]

@@ -7,7 +7,8 @@
 For every comparison, which has one horizon for all families, and every optimizer in it: the interquartile means of the
 speed-up over the reference and of the final loss over its own, with 95 % intervals; how many tasks diverged and how
 many were thrown back above their first loss; and both ratios by family. Of the reference there are the learning rates
-that it was tuned to and how many of its tasks were thrown back.
+that it was tuned to and how many of its tasks were thrown back. Where costs were measured (`--cost-seconds`) there are,
+too, the speed-ups in wall-clock time and what a gradient and a step take, in milliseconds.
 """
 
 from __future__ import annotations
@@ -29,11 +30,29 @@ def rounded(interval: dict[str, float | None] | None) -> list[float | None] | No
     return [None if number is None else float(f"{number:.4g}") for number in found]
 
 
+def in_time(mine: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """The speed-up of a family in wall-clock time and what makes it up; nothing where costs were not measured."""
+    if not mine["cost"] or not reference["cost"]:
+        return {}
+    total, of_reference = (sum(row["cost"].values()) for row in (mine, reference))
+    speedup = {bound: value * of_reference / total for bound, value in mine["scores"]["speedup"].items()}
+    costs = {
+        "gradient": mine["cost"]["gradient"],
+        "step": mine["cost"]["step"],
+        f"{reference['optimizer']}'s step": reference["cost"]["step"],
+    }
+    return {
+        "wall_speedup": rounded(speedup),
+        "milliseconds": {name: float(f"{1e3 * seconds:.3g}") for name, seconds in costs.items()},
+    }
+
+
 def summary(document: dict[str, Any]) -> dict[str, Any]:
     """{optimizer: numbers} of one finished comparison, and the reference's rates."""
     comparison = document["comparison"]
     reference = comparison["reference"]
     out: dict[str, Any] = {}
+    of_reference = {row["family"]: row for row in comparison["results"] if row["optimizer"] == reference}
     for total in document["totals"]:
         name = total["optimizer"]
         rows = [row for row in comparison["results"] if row["optimizer"] == name and row["scores"] is not None]
@@ -43,10 +62,13 @@ def summary(document: dict[str, Any]) -> dict[str, Any]:
             continue
         families = {
             row["family"]: {which: rounded(row["scores"][which]) for which in ("speedup", "final_ratio")}
+            | in_time(row, of_reference[row["family"]])
             for row in rows
         }
         counts = {which: total[which] for which in ("num_diverged", "num_thrown_back", "num_tasks")}
         over_all = {which: rounded(total[which]) for which in ("speedup", "final_ratio")}
+        if total["wall_speedup"]:
+            over_all["wall_speedup"] = rounded(total["wall_speedup"])
         out[name] = {**over_all, **counts, "families": families}
     return out
 

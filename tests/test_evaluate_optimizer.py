@@ -111,6 +111,20 @@ def test_what_a_comparison_comes_to_is_summarized(command, weights, tmp_path, ca
     )
     assert found["mine"]["speedup"][0] == pytest.approx(whole["totals"][0]["speedup"]["value"], rel=1e-3)
     assert (found["mine"]["num_tasks"], found["mine"]["num_diverged"]) == (2, 0) and "mine [" in capsys.readouterr().out
+    assert "wall_speedup" not in found["mine"] and "wall_speedup" not in found["mine"]["families"]["square"]
+    # With costs: 10 + 2 milliseconds of the reference for 10 + 14 halve every speed-up.
+    timed = json.loads(json.dumps(whole))
+    for row in timed["comparison"]["results"]:
+        row["cost"] = {"gradient": 0.010, "step": 0.014 if row["optimizer"] == "mine" else 0.002}
+    timed["totals"][0]["wall_speedup"] = {"value": 1.5, "low": 1.25, "high": 2.0}
+    file.write_text(json.dumps(timed))
+    suite_summary.main([str(file), "--out", str(tmp_path / "timed.json")])
+    found = json.loads((tmp_path / "timed.json").read_text())["8 steps"]["mine"]
+    assert found["wall_speedup"] == [1.5, 1.25, 2.0]
+    square = found["families"]["square"]
+    assert square["wall_speedup"][0] == pytest.approx(square["speedup"][0] / 2, rel=1e-3)
+    assert square["milliseconds"] == {"gradient": 10, "step": 14, "adam's step": 2}
+    file.write_text(json.dumps(whole))
     # What is not finished, or cannot be read as one horizon, is refused.
     for change, message in (
         (lambda d: d | {"complete": False}, "is of a comparison that is not finished"),
