@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.documents import write
+from learned_opt.evaluation.aggregate import wall_factor
+from learned_opt.evaluation.results import Cost
 
 
 def rounded(interval: dict[str, float | None] | None) -> list[float | None] | None:
@@ -30,19 +32,22 @@ def rounded(interval: dict[str, float | None] | None) -> list[float | None] | No
     return [None if number is None else float(f"{number:.4g}") for number in found]
 
 
+def cost_of(row: dict[str, Any]) -> Cost | None:
+    """What a row's steps cost; None where that was not measured, or is not finite."""
+    cost = row["cost"]
+    return None if cost is None or None in cost.values() else Cost(**cost)
+
+
 def in_time(mine: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
     """The speed-up of a family in wall-clock time and what makes it up; nothing where costs were not measured."""
-    if not mine["cost"] or not reference["cost"]:
+    speedup, cost, of_reference = mine["scores"]["speedup"], cost_of(mine), cost_of(reference)
+    factor = wall_factor(cost, of_reference)
+    if factor is None or speedup is None:
         return {}
-    total, of_reference = (sum(row["cost"].values()) for row in (mine, reference))
-    speedup = {bound: value * of_reference / total for bound, value in mine["scores"]["speedup"].items()}
-    costs = {
-        "gradient": mine["cost"]["gradient"],
-        "step": mine["cost"]["step"],
-        f"{reference['optimizer']}'s step": reference["cost"]["step"],
-    }
+    assert cost is not None and of_reference is not None
+    costs = {"gradient": cost.gradient, "step": cost.step, f"{reference['optimizer']}'s step": of_reference.step}
     return {
-        "wall_speedup": rounded(speedup),
+        "wall_speedup": rounded({bound: value * factor for bound, value in speedup.items()}),
         "milliseconds": {name: float(f"{1e3 * seconds:.3g}") for name, seconds in costs.items()},
     }
 

@@ -124,6 +124,14 @@ def test_what_a_comparison_comes_to_is_summarized(command, weights, tmp_path, ca
     square = found["families"]["square"]
     assert square["wall_speedup"][0] == pytest.approx(square["speedup"][0] / 2, rel=1e-3)
     assert square["milliseconds"] == {"gradient": 10, "step": 14, "adam's step": 2}
+    # An optimizer whose step could not be timed has none in the file.
+    for row in timed["comparison"]["results"]:
+        row["cost"]["step"] = None
+    file.write_text(json.dumps(timed))
+    suite_summary.main([str(file), "--out", str(tmp_path / "timed.json")])
+    assert (
+        "wall_speedup" not in json.loads((tmp_path / "timed.json").read_text())["8 steps"]["mine"]["families"]["square"]
+    )
     file.write_text(json.dumps(whole))
     # What is not finished, or cannot be read as one horizon, is refused.
     for change, message in (

@@ -21,7 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from learned_opt.evaluation.metrics import Array, Interval
-from learned_opt.evaluation.results import Comparison, Result, format_cell, format_line, format_number, plain_values
+from learned_opt.evaluation.results import (
+    Comparison,
+    Cost,
+    Result,
+    format_cell,
+    format_line,
+    format_number,
+    plain_values,
+)
 
 Strata = Sequence[npt.ArrayLike]
 """One vector per family: a number for each of its tasks."""
@@ -248,7 +256,7 @@ def _total(name: str, rows: list[tuple[Result, Result]], num_resamples: int, con
     of_horizon = [_speedups(mine, reference, of_horizon=True) for mine, reference in rows]
     wall = []
     for (mine, reference), values in zip(rows, speed):
-        factor = wall_factor(mine, reference)
+        factor = wall_factor(mine.cost, reference.cost)
         if factor is not None:
             wall.append(values * factor)
         elif mine.scores is None:
@@ -277,11 +285,11 @@ def _total(name: str, rows: list[tuple[Result, Result]], num_resamples: int, con
     )
 
 
-def wall_factor(mine: Result, reference: Result) -> float | None:
+def wall_factor(mine: Cost | None, reference: Cost | None) -> float | None:
     """By what a speed-up in steps is multiplied to be one in time; None where a cost was not measured."""
-    if mine.cost is None or reference.cost is None or not math.isfinite(mine.cost.total):
+    if mine is None or reference is None or not math.isfinite(mine.total):
         return None
-    return reference.cost.total / mine.cost.total
+    return reference.total / mine.total
 
 
 def totals_table(sums: Sequence[Total], reference: str) -> str:

@@ -227,7 +227,7 @@ def _times(comparison: Comparison) -> list[str]:
             if result is None or result.cost is None:
                 row.append("-")
                 continue
-            factor = wall_factor(result, reference) if reference is not None else None
+            factor = wall_factor(result.cost, reference.cost) if reference is not None else None
             wall = result.scores.speedup.value * factor if factor and result.scores and result.scores.speedup else None
             extra = f" <small>{format_number(wall, 2)} ×</small>" if wall is not None else ""
             row.append(f"{1e3 * result.cost.step:.3g}{extra}")
