@@ -6,7 +6,7 @@ MNIST networks as in Lv, Jiang and Li 2017: hidden layers of 20 units, batches o
 layer with sigmoid, ReLU, ELU and tanh units, and two to six layers with sigmoid units; 100, 2,000 and 10,000 steps. A
 final loss is the mean of the last twentieth of a run. Printed for each: the mean over ten meta-test draws, its ratio to
 Adam's with 95 % intervals of a paired bootstrap over draws, and how many runs diverged. Adam's learning rate is the
-best of a half-decade grid on meta-validation draws, by the same final loss. Half of the images are for
+best of a half-decade grid on other draws of the same images, by the same final loss. Half of the images are for
 meta-test. Results are saved as they come, Adam's final losses with them: a second call goes on with what is missing,
 networks and optimizers, and runs Adam only on networks that it was not run on.
 """
@@ -38,11 +38,11 @@ HORIZONS = (100, 2_000, 10_000)
 
 def adam_of(batched: BatchedFamily, horizons: Sequence[int], num_tasks: int, tuning: int) -> dict[str, dict[str, Any]]:
     """Tuned Adam on one network: {horizon: its rate and final losses}."""
-    found = {}
-    for horizon in horizons:
-        rate, losses = tuned_adam(batched, horizon, tuning_tasks=tuning, num_tasks=num_tasks)
-        found[str(horizon)] = {"rate": rate, "final losses": final_losses(losses).tolist()}
-    return found
+    found = tuned_adam(batched, horizons, tuning_tasks=tuning, num_tasks=num_tasks)
+    return {
+        str(horizon): {"rate": rate, "final losses": final_losses(losses).tolist()}
+        for horizon, (rate, losses) in found.items()
+    }
 
 
 def measure(artifact: Artifact, batched: BatchedFamily, num_tasks: int, adam: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def measure(artifact: Artifact, batched: BatchedFamily, num_tasks: int, adam: di
 
 
 def beside_adam(learned: np.ndarray, adam: dict[str, Any]) -> dict[str, Any]:
-    """What is reported of losses [steps + 1, runs] beside Adam's rate and final losses."""
+    """What is reported of losses [steps + 1, runs] beside Adam's rate and final losses; with the runs' own, for later."""
     ours, theirs = final_losses(learned), np.array(adam["final losses"])
     return {
         "adam's rate": adam["rate"],
@@ -64,6 +64,7 @@ def beside_adam(learned: np.ndarray, adam: dict[str, Any]) -> dict[str, Any]:
         "median of the ratios": float(np.median(ours / theirs)),
         "worst": {"learned": float(ours.max()), "adam": float(theirs.max())},
         "diverged": int(diverged(learned).sum()),
+        "final losses": ours.tolist(),
     }
 
 

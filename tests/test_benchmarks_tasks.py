@@ -5,10 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from evaluation_families import Parabola
 from torch.nn import functional as F
 
 from benchmarks import amortization, families, few_shot, lasso, last_steps, long_horizons, mnist, rule_settings
 from benchmarks.amortization_report import final, measured_steps, steps_to
+from benchmarks.tuned_adam import tuned_adam
 from examples.own_problem import network, source_files
 from learned_opt.batched import BatchedFamily
 from learned_opt.evaluation import BASELINES, tune
@@ -59,9 +62,12 @@ def test_long_horizons_go_on_with_what_is_missing(tmp_path, monkeypatch, capsys)
         assert value == pytest.approx(row["final loss"]["learned"] / row["final loss"]["adam"])
         assert row["final loss"]["learned"] < row["worst"]["learned"] < 2.5
     assert rows["40"]["final loss"]["adam"] < 0.5 * rows["10"]["final loss"]["adam"]
-    # The same as a run of its own, measured by the library's own tuning.
+    # The same as the library's own tuning, for every horizon, on other draws of the reported rows.
     family = BatchedFamily(ImageMLP(dataset="digits", hidden=(20,), activation="relu", batch_size=128, init_scale=0.1))
-    assert rows["40"]["adam's rate"] == tune(BASELINES["adam"], family, seed=0, num_tasks=2, horizon=40).rate
+    for horizon, row in rows.items():
+        draws = {"seed": 1, "split": "meta_test", "num_tasks": 2, "horizon": int(horizon)}
+        assert row["adam's rate"] == pytest.approx(tune(BASELINES["adam"], family, **draws).rate, rel=1e-12)
+        assert row["final loss"]["learned"] == pytest.approx(np.mean(row["final losses"]))
     assert saved["adam"]["relu"]["40"]["rate"] == rows["40"]["adam's rate"]
     assert np.mean(saved["adam"]["relu"]["40"]["final losses"]) == rows["40"]["final loss"]["adam"]
     # A second call runs one network more, and nothing of what is there.
@@ -71,6 +77,25 @@ def test_long_horizons_go_on_with_what_is_missing(tmp_path, monkeypatch, capsys)
     assert [batched.family.hidden for batched in measured] == [(20, 20, 20)]
     assert list(json.loads(results.read_text())["results"]) == ["relu", "sigmoid, 3 layers"]
     assert "relu, 40 steps" in capsys.readouterr().out
+
+
+class Near(Parabola):
+    """Parabolas that begin a millionth from their minimum."""
+
+    def init_params(self, task, generator):
+        return {"theta": task["c"] - 1e-6 * torch.rand((), generator=generator, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize(("family", "inside"), [(Near(), (1e-9, 1e-4)), (Parabola(), (0.2, 10.0))])
+def test_one_run_a_rate_finds_adam_s_rate_for_every_horizon(family, inside):
+    batched = BatchedFamily(family, dtype=torch.float64)
+    found = tuned_adam(batched, (3, 9), tuning_tasks=4, num_tasks=2)
+    for horizon, (rate, losses) in found.items():
+        # The library's own tuning, which has another grid to begin with, and a run of its own.
+        want = tune(BASELINES["adam"], batched, seed=1, split="meta_test", num_tasks=4, horizon=horizon).rate
+        assert rate == pytest.approx(want, rel=1e-12) and inside[0] < rate < inside[1]
+        draws = {"split": "meta_test", "seeds": (0,), "num_tasks": 2, "horizon": horizon}
+        np.testing.assert_array_equal(losses, BASELINES["adam"].run(batched, (rate,), **draws).losses[:, 0].numpy())
 
 
 def test_several_optimizers_share_adam_on_long_horizons(tmp_path, monkeypatch):

@@ -45,6 +45,15 @@ def test_the_best_rate_is_that_of_brute_force(curvature):
     assert (got.edge, got.note, got.num_tasks) == ("", "", 6)
 
 
+def test_other_draws_of_the_reported_data_are_tuned_on_where_a_split_is_named():
+    family = Parabola(curvature=3.0)
+    batched = BatchedFamily(family, dtype=torch.float64)
+    got = tune(SGD, batched, seed=1, num_tasks=6, horizon=20, split="meta_test")
+    curves = [gradient_descent(family, "meta_test", 1, 6, rate, 20).numpy() for rate in got.rates]
+    np.testing.assert_allclose(got.scores, [final_losses(curve).mean() for curve in curves], rtol=1e-8)
+    assert got.scores != tuned(family).scores
+
+
 @pytest.mark.parametrize(("curvature", "steps"), [(3e-2, 2), (3e4, -2)])
 def test_a_best_rate_at_the_edge_extends_the_grid(curvature, steps):
     family = Parabola(curvature=curvature)

@@ -1,5 +1,6 @@
 """Comparisons from end to end: the same draws for all, honest entries, strict JSON, a table and a picture."""
 
+import dataclasses
 import json
 import math
 import re
@@ -77,6 +78,14 @@ def test_tuned_on_meta_validation_with_the_family_s_horizon(found):
     assert comparison.result("two", "adam").tuning == tune(BASELINES["adam"], batched, seed=0, num_tasks=4, horizon=30)
     assert comparison.result("two", "adam").horizon == 30 and comparison.result("one", "adam").horizon == 20
     assert comparison.result("one", "adam_default").rate == 1e-3
+
+
+def test_tuned_on_other_draws_of_the_reported_data_when_told_to():
+    config = dataclasses.replace(CONFIG, tuning_split="meta_test", validation_seed=9)
+    comparison = compare([BASELINES["adam"]], {"two": Quadratic(dim=2)}, config, dtype=DOUBLE)
+    draws = {"split": "meta_test", "seed": 9, "num_tasks": 4, "horizon": 20}
+    want = tune(BASELINES["adam"], BatchedFamily(Quadratic(dim=2), dtype=DOUBLE), **draws)
+    assert comparison.result("two", "adam").tuning == want
 
 
 def test_ratios_are_to_the_reference(found):
@@ -226,6 +235,11 @@ def test_bad_comparisons_fail_before_any_work(candidates, families, horizons, me
         ({"seeds": ()}, r"seeds must be non-negative and distinct, and at least one; got \(\)"),
         ({"seeds": (1, 1)}, r"seeds must be non-negative and distinct, and at least one; got \(1, 1\)"),
         ({"validation_seed": -1}, "validation_seed must be non-negative; got -1"),
+        ({"tuning_split": "test"}, "tuning_split must be one of meta_validation, meta_test; got 'test'"),
+        (
+            {"tuning_split": "meta_test", "seeds": (0, 5), "validation_seed": 5},
+            r"validation_seed 5 is among seeds \(0, 5\): with tuning_split meta_test .* give another, such as 6",
+        ),
         ({"confidence": 1.0}, "confidence must lie strictly between 0 and 1; got 1.0"),
     ],
 )

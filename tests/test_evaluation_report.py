@@ -148,6 +148,21 @@ def test_gaps_are_told(comparison, html):
     read(empty)
 
 
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("meta_validation", "mean final loss on meta-validation tasks;"),
+        ("meta_test", "mean final loss on other initial parameters and batches of the reported data;"),
+    ],
+)
+def test_the_method_says_what_baselines_were_tuned_on(split, words):
+    config = EvaluationConfig(
+        horizon=3, num_tasks=2, seeds=(0,), num_validation_tasks=2, validation_seed=1, tuning_split=split
+    )
+    compared = compare([BASELINES["adam"]], {"parabola": Parabola()}, config)
+    assert words in " ".join("".join(read(build(compared, title="t")).words).split())
+
+
 def test_a_comparison_without_reference_has_no_suite_part(comparison):
     rule = rules.get("sgd", lr=0.1)
     config = EvaluationConfig(horizon=3, num_tasks=2, seeds=(0,), num_resamples=10)

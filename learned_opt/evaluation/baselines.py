@@ -4,10 +4,10 @@ Any optimizer that follows torch.optim joins a comparison as a `Baseline`: a nam
 choose from. Those in `BASELINES` are known by name; `find` also takes "module:attribute", where the attribute is a
 `Baseline` or an optimizer's class.
 
-A baseline is tuned for every task family and horizon: all rates of a half-decade grid run on the same meta-validation
-tasks, and the rate with the least mean final loss is taken. A diverged task makes the mean infinite. Where the best
-rate lies at the grid's edge, the grid is extended beyond it until it does not, or a limit is reached, and the result
-says so.
+A baseline is tuned for every task family and horizon: all rates of a half-decade grid run on the same tasks, of
+meta-validation where nothing else is said, and the rate with the least mean final loss is taken. A diverged task makes
+the mean infinite. Where the best rate lies at the grid's edge, the grid is extended beyond it until it does not, or a
+limit is reached, and the result says so.
 """
 
 from __future__ import annotations
@@ -216,10 +216,11 @@ class Tuning:
     Attributes:
         rate: the chosen one; None if every task diverged at every rate.
         rates: all that were tried, ascending; only the given one if there was no choice.
-        scores: the mean final loss at each on the meta-validation tasks, infinite where a task diverged; empty if there
+        scores: the mean final loss at each on the tasks of tuning, infinite where a task diverged; empty if there
             was no choice.
         num_diverged: how many tasks diverged at each; empty if there was no choice.
-        num_tasks: meta-validation tasks; 0 if there was no choice.
+        num_tasks: tasks of tuning; 0 if there was no choice.
+        split: whose tasks they are; empty if there was no choice.
         edge: "lowest" or "highest" if the chosen rate still lies at that edge of what was tried, else "".
     """
 
@@ -228,19 +229,21 @@ class Tuning:
     scores: tuple[float, ...]
     num_diverged: tuple[int, ...]
     num_tasks: int
+    split: str
     edge: str
 
     @property
     def note(self) -> str:
         """What a reader of the results should know, or an empty string."""
+        kind = self.split.replace("_", "-")
         if self.rate is None:
-            return f"every meta-validation task diverged at every rate from {self.rates[0]:.3g} to {self.rates[-1]:.3g}"
+            return f"every {kind} task diverged at every rate from {self.rates[0]:.3g} to {self.rates[-1]:.3g}"
         if self.edge:
             return f"the best rate, {self.rate:.3g}, is the {self.edge} tried: a better one may lie beyond"
         chosen = self.rates.index(self.rate)
         if self.num_diverged and self.num_diverged[chosen]:
             share = f"{self.num_diverged[chosen]} of {self.num_tasks}"
-            return f"{share} meta-validation tasks diverged even at the best rate"
+            return f"{share} {kind} tasks diverged even at the best rate"
         return ""
 
 
@@ -251,10 +254,11 @@ def tune(
     seed: int,
     num_tasks: int,
     horizon: int,
+    split: str = "meta_validation",
     particles_at_once: int = DEFAULT_PARTICLES_AT_ONCE,
     cache: RunCache | None = None,
 ) -> Tuning:
-    """Choose a baseline's learning rate for a family and a horizon on meta-validation tasks.
+    """Choose a baseline's learning rate for a family and a horizon on tasks that are not the reported ones.
 
     The least mean final loss wins; where every rate has a diverged task, fewest of those, then the least mean of the
     rest. Of equals the lowest rate.
@@ -262,21 +266,24 @@ def tune(
     Args:
         baseline: the optimizer and its rates.
         batched: the family.
-        seed: which meta-validation tasks, non-negative.
+        seed: which tasks, non-negative.
         num_tasks: how many, at least 1.
         horizon: inner steps, at least 1.
+        split: whose tasks. Where its rows are not as many as those of the reported split, the best rate is another.
         particles_at_once: see `run_torch_optimizer`.
         cache: where runs are looked up and kept; None for nowhere.
     """
     if not baseline.tuned:
-        return Tuning(rate=baseline.rates[0], rates=baseline.rates, scores=(), num_diverged=(), num_tasks=0, edge="")
+        return Tuning(
+            rate=baseline.rates[0], rates=baseline.rates, scores=(), num_diverged=(), num_tasks=0, split="", edge=""
+        )
     found: dict[float, tuple[float, int, float]] = {}
 
     def try_rates(rates: tuple[float, ...]) -> None:
         losses = baseline.run(
             batched,
             rates,
-            split="meta_validation",
+            split=split,
             seeds=(seed,),
             num_tasks=num_tasks,
             horizon=horizon,
@@ -313,5 +320,6 @@ def tune(
         scores=tuple(found[r][0] for r in rates),
         num_diverged=tuple(found[r][1] for r in rates),
         num_tasks=num_tasks,
+        split=split,
         edge="" if rate is None else "lowest" if rate == rates[0] else "highest" if rate == rates[-1] else "",
     )

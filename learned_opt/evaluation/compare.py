@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 
@@ -28,6 +29,8 @@ __all__ = ["Candidate", "EvaluationConfig", "Learned", "OnResult", "OnStart", "c
 
 
 _LONGEST_MEASUREMENT = 60.0
+
+TuningSplit = Literal["meta_validation", "meta_test"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,11 @@ class EvaluationConfig:
         horizon: inner steps, at least 1.
         num_tasks: meta-test tasks per seed, at least 1.
         seeds: of the meta-test draws, non-negative and distinct.
-        num_validation_tasks: meta-validation tasks on which baselines are tuned, at least 1.
+        num_validation_tasks: tasks on which baselines are tuned, at least 1.
         validation_seed: of those draws, non-negative.
+        tuning_split: whose tasks they are, "meta_validation" or "meta_test". With the latter a baseline is tuned to the
+            data that is reported, by draws of other initial parameters and batches: `validation_seed` must then not be
+            among `seeds`. It is what one could reach who trains on the same data again and again.
         reference: name of the baseline that ratios are to.
         num_resamples: of the bootstrap, at least 1.
         confidence: of all intervals, in (0, 1).
@@ -84,6 +90,7 @@ class EvaluationConfig:
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     num_validation_tasks: int = 16
     validation_seed: int = 0
+    tuning_split: TuningSplit = "meta_validation"
     reference: str = "adam"
     num_resamples: int = 2000
     confidence: float = 0.95
@@ -98,6 +105,15 @@ class EvaluationConfig:
             raise ValueError(f"seeds must be non-negative and distinct, and at least one; got {self.seeds}")
         if self.validation_seed < 0:
             raise ValueError(f"validation_seed must be non-negative; got {self.validation_seed}")
+        if self.tuning_split not in get_args(TuningSplit):
+            raise ValueError(
+                f"tuning_split must be one of {', '.join(get_args(TuningSplit))}; got {self.tuning_split!r}"
+            )
+        if self.tuning_split == "meta_test" and self.validation_seed in self.seeds:
+            raise ValueError(
+                f"validation_seed {self.validation_seed} is among seeds {self.seeds}: with tuning_split meta_test "
+                f"baselines would be tuned on the reported draws; give another, such as {max(self.seeds) + 1}"
+            )
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must lie strictly between 0 and 1; got {self.confidence}")
         if not 0 <= self.cost_seconds <= _LONGEST_MEASUREMENT:
@@ -118,7 +134,7 @@ def compare(
 ) -> Comparison:
     """Run every candidate on the same meta-test tasks of every family.
 
-    Baselines are tuned on meta-validation tasks first.
+    Baselines are tuned first, on tasks of `tuning_split`.
 
     Args:
         candidates: learned optimizers and baselines, of distinct names.
@@ -289,6 +305,7 @@ def _run(
         candidate,
         batched,
         seed=config.validation_seed,
+        split=config.tuning_split,
         num_tasks=config.num_validation_tasks,
         horizon=horizon,
         particles_at_once=config.particles_at_once,

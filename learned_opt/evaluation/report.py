@@ -20,8 +20,7 @@ from learned_opt.evaluation.suite_plots import draw_profiles, draw_speedups
 _METHOD = (
     "Every optimizer runs on the same meta-test tasks: the same data, initial parameters and batches.",
     "A tuned baseline has, for every family, the rate of a half-decade grid with the least mean final loss on "
-    "meta-validation tasks; the grid is extended where the best rate lies at its edge. Its tuning runs are not counted "
-    "against it.",
+    "{tuning}; the grid is extended where the best rate lies at its edge. Its tuning runs are not counted against it.",
     "The final loss of a task is the mean of the last 5 % of its training losses; ratios are to the reference on the "
     "same task.",
     "Speed-up: the steps that the reference took to its final loss over those that the optimizer took to it, read off "
@@ -64,7 +63,7 @@ def build(
         chapters.append(("time", "Time of a step", _times(comparison)))
     for k, (name, explanation) in enumerate((explanations or {}).items()):
         chapters.append((f"learned{k}", f"What {name} has learned", _explanation(name, explanation)))
-    chapters.append(("method", "How it is measured", [_bullets(_METHOD)]))
+    chapters.append(("method", "How it is measured", [_method(comparison)]))
     chapters.append(("settings", "Settings", _settings(comparison, settings or {})))
     links = " ".join(f'<a href="#{identity}">{page.text(name)}</a>' for identity, name, _ in chapters)
     parts.append(f"<nav>{links}</nav>")
@@ -267,6 +266,12 @@ def _explanation(name: str, explanation: Explanation) -> list[str]:
 
 def _bullets(lines: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{page.text(line)}</li>' for line in lines)}</ul>"
+
+
+def _method(comparison: Comparison) -> str:
+    tuned_on_test = any(result.tuning and result.tuning.split == "meta_test" for result in comparison.results)
+    tuning = "other initial parameters and batches of the reported data" if tuned_on_test else "meta-validation tasks"
+    return _bullets([line.format(tuning=tuning) for line in _METHOD])
 
 
 def _settings(comparison: Comparison, settings: Mapping[str, object]) -> list[str]:
