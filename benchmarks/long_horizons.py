@@ -54,7 +54,7 @@ def measure(artifact: Artifact, batched: BatchedFamily, num_tasks: int, adam: di
 
 
 def beside_adam(learned: np.ndarray, adam: dict[str, Any]) -> dict[str, Any]:
-    """What is reported of losses [steps + 1, runs] beside Adam's rate and final losses; with the runs' own, for later."""
+    """What is reported of losses [steps + 1, runs] beside Adam's rate and final losses; the runs' own, for later."""
     ours, theirs = final_losses(learned), np.array(adam["final losses"])
     return {
         "adam's rate": adam["rate"],
