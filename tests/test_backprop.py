@@ -15,7 +15,6 @@ from tasks.quadratic import Quadratic
 
 FAMILIES = {
     "quadratic": Quadratic(dim=4),
-    "digits_sigmoid": ImageMLP(hidden=(3,), batch_size=8),
     "digits_two_layers": ImageMLP(hidden=(3, 4), activation="tanh", batch_size=8),
 }
 
