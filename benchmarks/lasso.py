@@ -62,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     family, artifact = Lasso(), load(options.weights)
     batched = BatchedFamily(family, dtype=torch.float64)
-    tuned = tuned_adam(batched, STEPS[-1:], tuning_tasks=options.num_tasks, num_tasks=options.num_tasks)
-    rate, adam = tuned[STEPS[-1]]
+    rate, adam = tuned_adam(batched, STEPS[-1], tuning_tasks=options.num_tasks, num_tasks=options.num_tasks)
     draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": options.num_tasks, "horizon": STEPS[-1]}
     learned = run_rule(artifact.rule, artifact.theta, batched, **draws).losses
     least, fista = (torch.tensor(values, dtype=torch.float64).numpy() for values in optima(family, options.num_tasks))

@@ -38,11 +38,11 @@ HORIZONS = (100, 2_000, 10_000)
 
 def adam_of(batched: BatchedFamily, horizons: Sequence[int], num_tasks: int, tuning: int) -> dict[str, dict[str, Any]]:
     """Tuned Adam on one network: {horizon: its rate and final losses}."""
-    found = tuned_adam(batched, horizons, tuning_tasks=tuning, num_tasks=num_tasks)
-    return {
-        str(horizon): {"rate": rate, "final losses": final_losses(losses).tolist()}
-        for horizon, (rate, losses) in found.items()
-    }
+    found = {}
+    for horizon in horizons:
+        rate, losses = tuned_adam(batched, horizon, tuning_tasks=tuning, num_tasks=num_tasks)
+        found[str(horizon)] = {"rate": rate, "final losses": final_losses(losses).tolist()}
+    return found
 
 
 def measure(artifact: Artifact, batched: BatchedFamily, num_tasks: int, adam: dict[str, Any]) -> dict[str, Any]:

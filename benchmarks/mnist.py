@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks.documents import plain, write
@@ -36,17 +35,12 @@ NETWORKS: dict[str, dict[str, Any]] = {
 HORIZONS = (100, 200)
 
 
-def measure(artifact: Artifact, family: ImageMLP, horizons: Sequence[int], num_tasks: int) -> dict[int, dict[str, Any]]:
-    """The numbers of one network, for every horizon."""
+def measure(artifact: Artifact, family: ImageMLP, horizon: int, num_tasks: int) -> dict[str, Any]:
+    """The numbers of one network and horizon."""
     batched = BatchedFamily(family)
-    tuned = tuned_adam(batched, horizons, tuning_tasks=min(num_tasks, 16), num_tasks=num_tasks)
-    draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks, "horizon": max(horizons)}
+    rate, adam = tuned_adam(batched, horizon, tuning_tasks=min(num_tasks, 16), num_tasks=num_tasks)
+    draws: dict[str, Any] = {"split": "meta_test", "seeds": (0,), "num_tasks": num_tasks, "horizon": horizon}
     learned = run_rule(artifact.rule, artifact.theta, batched, **draws).losses.double().numpy()
-    return {horizon: beside_adam(learned[: horizon + 1], *tuned[horizon]) for horizon in horizons}
-
-
-def beside_adam(learned: np.ndarray, rate: float, adam: np.ndarray) -> dict[str, Any]:
-    """What is reported of losses [horizon + 1, num_tasks] beside those of Adam at its rate."""
     return {
         "adam's rate": rate,
         "final loss": {"learned": float(learned[-1].mean()), "adam": float(adam[-1].mean())},
@@ -86,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {"batch_size": 128, "init_scale": 0.01, "dataset": options.dataset, "data_dir": options.data_dir}
     results: dict[str, Any] = {}
     for name in options.networks:
-        measured = measure(artifact, ImageMLP(**NETWORKS[name], **settings), options.horizons, options.num_tasks)
-        for horizon, found in measured.items():
+        for horizon in options.horizons:
+            found = measure(artifact, ImageMLP(**NETWORKS[name], **settings), horizon, options.num_tasks)
             results[f"{name}, {horizon} steps"] = found
             final, total = found["final loss over adam's"], found["sum over adam's"]
             print(

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for label, family in tasks.build({label: {**FAMILIES, **NOISY}[label] for label in options.families}).items():
         batched = BatchedFamily(family)
         draws: dict[str, Any] = {"split": "meta_validation", "num_tasks": num_tasks}
-        _, theirs = tuned_adam(batched, [num_steps], tuning_tasks=8, seed=_SEED, **draws)[num_steps]
+        _, theirs = tuned_adam(batched, num_steps, tuning_tasks=8, seed=_SEED, **draws)
         for name, (rule, theta) in variants.items():
             runs = run_rule(rule, theta, batched, horizon=num_steps, seeds=(_SEED,), **draws)
             ours = runs.losses.double().numpy()

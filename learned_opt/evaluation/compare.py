@@ -105,10 +105,8 @@ class EvaluationConfig:
             raise ValueError(f"seeds must be non-negative and distinct, and at least one; got {self.seeds}")
         if self.validation_seed < 0:
             raise ValueError(f"validation_seed must be non-negative; got {self.validation_seed}")
-        if self.tuning_split not in get_args(TuningSplit):
-            raise ValueError(
-                f"tuning_split must be one of {', '.join(get_args(TuningSplit))}; got {self.tuning_split!r}"
-            )
+        if self.tuning_split not in (splits := get_args(TuningSplit)):
+            raise ValueError(f"tuning_split must be one of {', '.join(splits)}; got {self.tuning_split!r}")
         if self.tuning_split == "meta_test" and self.validation_seed in self.seeds:
             raise ValueError(
                 f"validation_seed {self.validation_seed} is among seeds {self.seeds}: with tuning_split meta_test "
