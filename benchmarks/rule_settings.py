@@ -1,7 +1,7 @@
 """Settings of a learned optimizer's rule changed by hand, its weights as they are: how fast it is, and how often lost.
 
-    python -m benchmarks.rule_settings [compact | FILE ...] --changes doubt=0.995 square_ratio=1e4,recent_square=0.7 \
-        --out benchmarks/results/rule_settings.json
+    python -m benchmarks.rule_settings [compact | FILE ...] --changes relative_eps=0.002 \
+        square_ratio=1e4,recent_square=0.7 --out benchmarks/results/rule_settings.json
 
 Eleven families that are not in the suite `test`: five networks, of which two ("silu" and "leaky") soon know their data
 by heart, functions, and regressions. Every file is run as it is, and the first one with each of the changes, beside

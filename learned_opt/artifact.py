@@ -256,7 +256,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
             raise ValueError(f"{path} is damaged: it lacks the initial parameters {where}; export it again")
         initial.setdefault(where[0], {})[where[1]] = theta.pop(key)
     try:
-        rule = rules.get(metadata.get("rule", ""), **settings)
+        rule = rules.stored(metadata.get("rule", ""), settings)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be used: {error}. It was written by learned_opt {made_by}: "

@@ -17,7 +17,7 @@ def told(rule: UpdateRule, n: int, num_steps: int | None = None, seed: int = 7) 
     generator = torch.Generator().manual_seed(seed)
     steps = () if num_steps is None else (num_steps,)
     values = torch.randn(*steps, rule.num_context, 3, generator=generator)
-    shares = sum(rule.settings()[name] > 0 for name in ("loudness", "clip"))  # the last rows
+    shares = sum(rule.settings()[name] > 0 for name in ("loudness", "clip", "relative_eps"))  # the last rows
     if shares:
         values[..., -shares:, :] = values[..., -shares:, :].sigmoid()
     return Context(values, torch.randint(3, (n,), generator=generator, dtype=torch.int32).sort().values)
@@ -38,7 +38,7 @@ def arguments(context: Context | None) -> tuple[Context, ...]:
 
 
 def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
-    """The context [4 to 7] of a mixture's one tensor: cosines, written as they are defined, and lengths."""
+    """The context [4 to 8] of a mixture's one tensor: cosines, written as they are defined, and lengths."""
     c = rule.settings()
     average, recent = (
         beta * v + (1 - beta) * grads**2 for beta, v in zip((c["square"], c["recent_square"]), state["v"])
@@ -70,6 +70,11 @@ def agreement_by_hand(rule: UpdateRule, grads: torch.Tensor, state: Tensors) -> 
         before = state["v"][1].sum() / (1 - c["recent_square"] ** state["step"].max().clamp_min(1))
         length, most = grads.norm(), c["clip"] * before.sqrt()
         told = torch.cat([told, (most / length if length > most > 0 else torch.ones_like(length))[None]])
+    if c["relative_eps"]:
+        largest = state["v"][2]
+        squares = largest[largest != 0]
+        root = squares.mean().sqrt() if len(squares) else told.new_zeros(())
+        told = torch.cat([told, c["relative_eps"] * root[None]])
     return told
 
 

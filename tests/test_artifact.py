@@ -257,6 +257,25 @@ def test_damaged_metadata(saved, metadata, message):
     assert str(path) in str(raised.value)
 
 
+def test_a_former_setting_may_stand_in_a_file_where_it_did_nothing(tmp_path):
+    rule = rules.get("mixture", hidden_size=2)
+    path = tmp_path / "former.safetensors"
+    written = artifact.save_artifact(path, rule, rule.init_theta(torch.Generator().manual_seed(0)))
+    for value, fits in ((0.0, True), (0.9, False)):
+        settings = rule.settings() | {"doubt": value}
+        rewrite(
+            path,
+            settings=json.dumps(settings),
+            hash=artifact.content_hash(rule.kind, settings, written.theta),
+        )
+        if fits:
+            read = artifact.load_artifact(path)
+            assert read.rule.settings() == rule.settings() and read.hash != written.hash
+        else:
+            with pytest.raises(ValueError, match="cannot be used: rule 'mixture' has no setting 'doubt'"):
+                artifact.load_artifact(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -153,15 +153,15 @@ def test_settings_of_a_rule_changed_by_hand(tmp_path, capsys):
     assert rule_settings.last_loss(np.array([[1.0, 3.0]] * 99 + [[0.5, 2.0]])) == 1.625  # of means over two steps
     results = tmp_path / "settings.json"
     common = ["--families", "quadratic", "--num-steps", "40", "--num-tasks", "2", "--out", str(results)]
-    rule_settings.main(["compact", "--changes", "square_ratio=64", "growth=0.01,doubt=0.9", *common])
+    rule_settings.main(["compact", "--changes", "square_ratio=64", "growth=0.01,relative_eps=0.1", *common])
     document = json.loads(results.read_text())
-    changes = "--changes square_ratio=64 growth=0.01,doubt=0.9"
+    changes = "--changes square_ratio=64 growth=0.01,relative_eps=0.1"
     asked = f"compact {changes} --families quadratic --num-steps 40 --num-tasks 2"
     assert document["command"] == f"python -m benchmarks.rule_settings {asked}"
     rows = document["results"]
     as_it_is, same, slower = rows.values()
     assert as_it_is == same and slower["speedup"] < as_it_is["speedup"]  # 64 is the setting that it has
-    assert "growth=0.01,doubt=0.9: speed-up" in capsys.readouterr().out
+    assert "growth=0.01,relative_eps=0.1: speed-up" in capsys.readouterr().out
     with pytest.raises(ValueError, match="changes must be name=number, separated by commas; got 'growth' in 'growth'"):
         rule_settings.main(["compact", "--changes", "growth", *common])
     with pytest.raises(ValueError, match="square_ratio must be finite and at least 1; got 0.5"):

@@ -34,9 +34,10 @@ VARIANTS = {name: (name, {}) for name in rules.RULES if hasattr(rules.get(name),
     "braking": ("mixture", {"growth": 0.2, "clip": 1.5, "brake": 0.5}),
     "all_of_them": (
         "mixture",
-        {"growth": 0.2, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5, "brake": 0.3, "most_braked": 0.8},
+        {"growth": 0.2, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5, "brake": 0.3, "most_braked": 0.8}
+        | {"relative_eps": 0.1},
     ),
-    "doubting": ("mixture", {"growth": 0.2, "doubt": 0.8}),
+    "resting": ("mixture", {"growth": 0.2, "relative_eps": 0.3}),
     "three_layers": ("lstm", {"num_layers": 3, "hidden_size": 5, "dense_units": 3, "output_tanh": False}),
     "three_layers_log": (
         "lstm",
@@ -497,7 +498,14 @@ def test_a_compiler_that_never_ends(source, cache, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"signal": True}, {"signal": True, "loudness": 0.5}, {"clip": 1.5}, {"signal": True, "clip": 2.0}],
+    [
+        {},
+        {"signal": True},
+        {"signal": True, "loudness": 0.5},
+        {"clip": 1.5},
+        {"relative_eps": 0.5},
+        {"signal": True, "clip": 2.0, "relative_eps": 0.5},
+    ],
 )
 def test_sums_over_tensors(settings):
     rule = rules.get("mixture", growth=0.2, **settings)
@@ -517,10 +525,10 @@ def test_sums_over_tensors(settings):
     torch.testing.assert_close(spoiled, context(rule, whole, state, layout).values, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.5])
+@pytest.mark.parametrize(("clip", "relative_eps"), [(0.0, 0.0), (1.5, 0.0), (0.0, 0.25), (1.5, 0.25)])
 @pytest.mark.parametrize(("signal", "loudness"), [(False, 0.0), (True, 0.0), (True, 0.4)])
-def test_agreement_is_what_it_is_in_torch(signal, loudness, clip):
-    rule = rules.get("paced", signal=signal, loudness=loudness, clip=clip)
+def test_agreement_is_what_it_is_in_torch(signal, loudness, clip, relative_eps):
+    rule = rules.get("paced", signal=signal, loudness=loudness, clip=clip, relative_eps=relative_eps)
     a, *averages = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     pairs = [(a, a), *((b, b) for b in averages), *((a, b) for b in averages), *itertools.combinations(averages, 2)]
     sums = torch.stack([(one * other).sum(0) for one, other in (*pairs, *[pairs[3], (a, a)] * signal)])
@@ -531,8 +539,13 @@ def test_agreement_is_what_it_is_in_torch(signal, loudness, clip):
         squares = torch.tensor([[9.0, 0.0, 1e-300, 9.0, 2.0], [1.0, 1.0, 1e-302, 0.0, 1.0]], dtype=torch.float64)
         factors = torch.tensor([0.5, 1.0, 0.15, 1.0, 1.0], dtype=torch.float64)
         sums, want = torch.cat([sums, squares]), torch.cat([want, factors[None]])
-    torch.testing.assert_close(kernel.agreement(sums, loudness, clip), want, rtol=1e-14, atol=0)
-    assert rule.context_of(sums).equal(kernel.agreement(sums, loudness, clip))
+    if relative_eps:
+        squares = torch.tensor([[18.0, 0.0, 1e-300, 9.0, 4.0], [2.0, 0.0, 1.0, 1.0, 16.0]], dtype=torch.float64)
+        roots = torch.tensor([3.0, 0.0, 1e-150, 3.0, 0.5], dtype=torch.float64)
+        sums, want = torch.cat([sums, squares]), torch.cat([want, relative_eps * roots[None]])
+    found = kernel.agreement(sums, loudness, clip, relative_eps)
+    torch.testing.assert_close(found, want, rtol=1e-14, atol=0)
+    assert rule.context_of(sums).equal(found)
     assert rule.context_of(sums.requires_grad_()).requires_grad
 
 

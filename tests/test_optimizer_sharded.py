@@ -180,7 +180,7 @@ dist.destroy_process_group()
         ("paced", "1", 50000, {}),
         ("turned", "1", 50000, {}),
         ("turned", "1", 50000, {"basis_vectors": 64}),
-        ("paced", "0", 5000, {}),
+        ("paced", "0", 5000, {"relative_eps": 0.3}),
         ("compact", "1", 777, {}),
     ],
 )

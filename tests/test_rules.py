@@ -20,8 +20,8 @@ from learned_opt.rules.features import (
     bounded_square,
     clip_factor,
     clip_terms,
-    doubted,
-    doubtful_ratio,
+    largest_root,
+    largest_terms,
     log_and_sign,
     momenta,
     normalized,
@@ -33,7 +33,7 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "dense_log": ("lstm", {"inputs": "log_and_sign", "dense_units": 3, "output_tanh": False}),
     "no_momentum": ("lstm", {"beta": 0.0, "output_scale": 2.0}),
     "growing": ("mixture", {"growth": 0.1}),
-    "doubting": ("mixture", {"growth": 0.1, "doubt": 0.9}),
+    "resting": ("mixture", {"growth": 0.1, "relative_eps": 0.3}),
     "told_of_signal": ("mixture", {"growth": 0.1, "signal": True}),
     "hushed": ("mixture", {"growth": 0.1, "signal": True, "loudness": 0.5}),
     "leaking": ("mixture", {"growth": 0.1, "signal": True, "leak": 0.3}),
@@ -42,7 +42,8 @@ VARIANTS = {name: (name, {}) for name in RULES} | {
     "braking": ("mixture", {"growth": 0.1, "clip": 1.5, "brake": 0.5}),
     "all_of_them": (
         "mixture",
-        {"growth": 0.1, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5, "brake": 0.3, "most_braked": 0.1},
+        {"growth": 0.1, "leak": 0.2, "signal": True, "loudness": 0.5, "clip": 1.5, "brake": 0.3, "most_braked": 0.1}
+        | {"relative_eps": 0.2},
     ),
     "grows_fast": ("mixture", {"growth": 2.0, "hidden_size": 3, "square": 0.9}),
 }
@@ -727,57 +728,43 @@ def test_gradients_that_shrink_soon_make_whole_steps_again():
     assert found[359, 2:].tolist() == pytest.approx(want, rel=2e-3)  # what was averaged for long does not rule
 
 
-def doubt_by_hand(grads, recent_beta, beta):
-    """What is doubted after every step, and the recent average square, of one coordinate."""
-    recent = doubt = 0.0
-    out = []
-    for g in grads:
-        if g != 0 and recent != 0:
-            doubt = beta * doubt + (1 - beta) * min(g * g / recent, 1e8)
-        recent = recent_beta * recent + (1 - recent_beta) * g * g
-        out.append((doubt, recent))
-    return out
+@pytest.mark.usefixtures("kernels")
+def test_a_relative_eps_is_of_how_large_the_gradients_of_the_tensor_have_been():
+    """By hand, of two tensors, and in units: gradients a thousand times as large make the same updates."""
+    share, beta, recent_beta = 0.1, 0.99, 0.8
+    rule = rules.get("mixture", relative_eps=share, eps=1e-30, recent_square=recent_beta, growth=0.1)
+    layout, sizes = TensorLayout((2, 3)), (slice(0, 2), slice(2, 5))
+    series = torch.tensor([[0.0, 1.0, 2.0, *[0.9**t for t in range(60)], 0.0, 3.0]]).double()
+    series = (series * torch.tensor([[1.0], [0.1], [1e-6], [0.0], [5.0]])).T.contiguous()
+    v, recent, largest = (torch.zeros(5).double() for _ in range(3))
+    states = {scale: rule.init_state(5, dtype=torch.float64) for scale in (1.0, 1e3)}
+    for t, grads in enumerate(series, start=1):
+        roots = [(largest[s].sum() / max(1, int((largest[s] > 0).sum()))).sqrt() for s in sizes]
+        want = share * torch.cat([root.expand(s.stop - s.start) for root, s in zip(roots, sizes)])
+        v, recent = beta * v + (1 - beta) * grads**2, recent_beta * recent + (1 - recent_beta) * grads**2
+        average = v / (1 - beta**t)
+        bound = 64 * recent / (1 - recent_beta**t)
+        square = torch.where(grads == 0, average, torch.minimum(average, bound))
+        largest = torch.maximum(largest, average)
+        updates = []
+        for scale, state in states.items():
+            row = rule.context_rows(grads * scale, state, layout)
+            torch.testing.assert_close(row[-1], want * scale)
+            rows, _, active = rule.native_rows(grads * scale, state, layout)
+            direction = rows[rule.native_shape.num_features]
+            torch.testing.assert_close(direction, torch.where(v > 0, grads / (square.sqrt() + want), 0.0))
+            update, after = rule.update(theta_of(rule), grads * scale, torch.zeros(5).double(), state, row)
+            torch.testing.assert_close(after["v"][2], largest * scale**2)
+            updates.append(update)
+            states[scale] = after
+        torch.testing.assert_close(*updates)
 
 
-def test_recent_squares_are_doubted_where_quiet_steps_end_in_large_gradients():
-    """A batch in fifty is not known by heart: its gradient still counts when the last quiet step is normalized."""
-    rule, sure = rules.get("mixture", doubt=0.99, recent_square=0.8), rules.get("mixture", recent_square=0.8)
-    grads = [1.0 if t % 50 == 0 else 1e-6 for t in range(400)] + [0.0] * 3
-    by_hand = doubt_by_hand(grads, 0.8, 0.99)
-    state, other = (r.init_state(1, dtype=torch.float64) for r in (rule, sure))
-    found, unsure = [], []
-    for g in grads:
-        grad = torch.tensor([g]).double()
-        c = rule.config
-        directions, _, state, _ = momenta(grad, state, c.betas, c.square_ratio, c.eps)
-        other_directions, _, other, _ = momenta(grad, other, sure.config.betas, c.square_ratio, c.eps)
-        found.append((float(directions[0]), *state["v"][1:, 0].tolist()))
-        unsure.append(float(other_directions[0]))
-        assert torch.equal(state["v"][:2], other["v"]) and torch.equal(state["m"], other["m"])
-    assert [doubt for _, _, doubt in found] == pytest.approx([doubt for doubt, _ in by_hand])
-    assert found[-1][2] == found[399][2] > 3.0  # the zeros at the end change nothing
-    # Where recent squares are believed, the last quiet step is divided by no more than eight times their root.
-    average = sum(0.99 ** (399 - t) * 0.01 * g * g for t, g in enumerate(grads[:400])) / (1 - 0.99**400)
-    doubt, recent = by_hand[399]
-    assert unsure[399] == pytest.approx(1e-6 / (8 * recent**0.5), rel=1e-6)
-    bound = 64 * (doubt / 1.5) ** 4 * recent
-    assert found[399][0] == pytest.approx(1e-6 / min(average, bound) ** 0.5, rel=1e-6) and bound > 100 * 64 * recent
-
-
-def test_recent_squares_are_not_doubted_where_gradients_shrink_or_are_noise():
-    shrinking = [0.9**t for t in range(300)]
-    assert max(doubt for doubt, _ in doubt_by_hand(shrinking, 0.8, 0.99)) < 1.2
-    noise = torch.randn(2000, generator=torch.Generator().manual_seed(0)).double()
-    recent = doubt = torch.zeros(1).double()
-    for g in noise:
-        doubt = doubted(g.view(1), recent, doubt, 0.99)
-        recent = 0.8 * recent + 0.2 * g * g
-    assert 0.8 < float(doubt) < 2.0
-    assert doubtful_ratio(64.0, torch.tensor([0.0, 1.5, 3.0, math.nan])).tolist()[:3] == [64.0, 64.0, 1024.0]
-    assert (
-        doubtful_ratio(64.0, torch.tensor([math.nan])).isnan()
-        and doubted(*torch.tensor([math.nan, 1.0, 1.0]), 0.9).isnan()
-    )
+def test_the_largest_of_what_is_not_finite_is_left_out():
+    largest = torch.tensor([4.0, math.inf, math.nan, 0.0, 16.0])
+    total, count = largest_terms({"v": torch.stack([torch.ones(5), torch.ones(5), largest])}).sum(-1)
+    assert float(largest_root(total, count)) == pytest.approx(10**0.5)
+    assert float(largest_root(torch.tensor(0.0), torch.tensor(0.0))) == 0.0
 
 
 @pytest.mark.usefixtures("kernels")
@@ -995,8 +982,9 @@ def test_updates_turn_with_the_sign_of_the_gradients(variant):
         ("paced", {"clip": 4.0, "brake": math.inf}, "brake must be finite and not negative; got inf"),
         ("paced", {"clip": 4.0, "most_braked": 0.0}, r"most_braked must lie in \(0, 12\]; got 0.0"),
         ("paced", {"most_braked": 13.0}, r"most_braked must lie in \(0, 12\]; got 13.0"),
-        ("mixture", {"doubt": 1.0}, r"doubt must lie in \[0, 1\); got 1.0"),
-        ("mixture", {"doubt": -0.5}, r"doubt must lie in \[0, 1\); got -0.5"),
+        ("mixture", {"relative_eps": 1.0}, r"relative_eps must lie in \[0, 1\); got 1.0"),
+        ("mixture", {"relative_eps": -0.5}, r"relative_eps must lie in \[0, 1\); got -0.5"),
+        ("mixture", {"relative_eps": 0.5}, "relative_eps needs growth: .* got 0.5 without; give a growth above 0"),
         ("paced", {"growth": -0.1}, "growth must be finite and not negative; got -0.1"),
         ("mixture", {"square_ratio": 0.5}, "square_ratio must be finite and at least 1; got 0.5"),
         ("mixture", {"square_ratio": math.inf}, "square_ratio must be finite and at least 1; got inf"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from learned_opt.rules.adam import AdamRule, AdamRuleConfig
@@ -39,6 +40,7 @@ __all__ = [
     "fitting_chunk",
     "get",
     "slice_coordinates",
+    "stored",
 ]
 
 _KINDS: dict[str, tuple[Callable[[Any], UpdateRule], type[RuleConfig]]] = {
@@ -83,7 +85,7 @@ def get(name: str, **settings: Any) -> UpdateRule:
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(names)}"
         raise ValueError(f"unknown update rule {name!r}; {hint}")
     make, config = _KINDS[kind]
-    known = config.__dataclass_fields__
+    known = [field.name for field in dataclasses.fields(config)]
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(f"rule {name!r} has no setting {unknown[0]!r}; it has {', '.join(known)}")
@@ -93,3 +95,17 @@ def get(name: str, **settings: Any) -> UpdateRule:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key} of rule {name!r} must be finite; got {value!r}")
     return make(made)
+
+
+def stored(kind: str, settings: Mapping[str, Any]) -> UpdateRule:
+    """The update rule that an exported file names, by an earlier version, too.
+
+    Args:
+        kind: as in the file.
+        settings: as in the file; some may be former ones that did nothing (`RuleConfig.former_settings`).
+
+    Raises:
+        ValueError: as with `get`; a former setting at any other value counts as unknown.
+    """
+    former = _KINDS[kind][1].former_settings if kind in _KINDS else {}
+    return get(kind, **{key: value for key, value in settings.items() if key not in former or former[key] != value})

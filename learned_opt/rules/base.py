@@ -30,7 +30,14 @@ _CACHED_NUMBERS = 2**18
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuleConfig:
-    """Base of the rules' configurations: frozen, validated when made, plain values only."""
+    """Base of the rules' configurations: frozen, validated when made, plain values only.
+
+    Attributes:
+        former_settings: those that there are no longer and that exported files may hold, with the value at which they
+            did nothing.
+    """
+
+    former_settings: ClassVar[Mapping[str, Any]] = {}
 
 
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {

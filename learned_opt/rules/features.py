@@ -66,15 +66,11 @@ def normalized(
 
 NUM_MOMENTA = 3
 """Moving averages of the gradient in `momenta`."""
-NUM_AVERAGES = NUM_MOMENTA + 2
-"""Those, and the ones of its square."""
 NUM_EVEN = 3 * NUM_MOMENTA + 1
 NUM_DIRECTIONS = NUM_MOMENTA + 1
 
 
-def bounded_square(
-    average: torch.Tensor, recent: torch.Tensor, grads: torch.Tensor, ratio: float | torch.Tensor
-) -> torch.Tensor:
+def bounded_square(average: torch.Tensor, recent: torch.Tensor, grads: torch.Tensor, ratio: float) -> torch.Tensor:
     """The average square that gradients are divided by the root of: at most so many times the recent one.
 
     Where there is little noise, gradients shrink faster than an average forgets. Divided by what they were, they would
@@ -90,37 +86,12 @@ def bounded_square(
     return torch.where((average < most) | (grads == 0) | (recent == 0), average, most)
 
 
-SURPRISING = 1.5
-"""From how many times the recent average square on, in the mean, a squared gradient is doubted: noise is at 1.3."""
-_MOST_SURPRISING = 1e8
-
-
-def doubted(grads: torch.Tensor, recent: torch.Tensor, doubt: torch.Tensor, beta: float) -> torch.Tensor:
-    """How far recent averages have been from what came next: an average of g² over the recent average before it.
-
-    Where gradients shrink or grow steadily it stays around one, and above it where quiet steps end in large gradients:
-    batches of data that a network knows by heart but for a few. A coordinate whose gradient is zero stays as it was.
-
-    Args:
-        grads: g.
-        recent: the average of g² over few steps, before this one.
-        doubt: what this returned in the step before; zero at first.
-        beta: its decay.
-    """
-    now = grads * grads
-    some = (now != 0) & (recent != 0)  # what is not a number is not hidden
-    surprise = (now / torch.where(some, recent, 1.0)).clamp_max(_MOST_SURPRISING)
-    return torch.where(some, doubt * beta + surprise * (1 - beta), doubt)
-
-
-def doubtful_ratio(ratio: float, doubt: torch.Tensor) -> torch.Tensor:
-    """The bound of `bounded_square` where recent squares are doubted: ratio · max(1, doubt / 1.5)⁴."""
-    twice = (doubt / SURPRISING).clamp_min(1.0).square()
-    return ratio * twice * twice
-
-
 def momenta(
-    grads: torch.Tensor, state: Tensors, betas: tuple[float, ...], ratio: float, eps: float
+    grads: torch.Tensor,
+    state: Tensors,
+    betas: tuple[float, ...],
+    ratio: float,
+    eps: float | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, Tensors, torch.Tensor]:
     """Directions d₀ = g/√s and dᵢ = m̂ᵢ/√s for three averages, and what tells how well they agree.
 
@@ -134,27 +105,25 @@ def momenta(
 
     Args:
         grads: [n].
-        state: "m" [3, n], "v" [2, n] (v, then w) or [3, n] (and the average of `doubted`), "step" [n] or [1].
-        betas: decays of the three averages of g, then of v and w, and of what is doubted if there is that.
+        state: "m" [3, n], "v" [2, n] (v, then w) or [3, n] (and the largest v̂ so far, kept), "step" [n] or [1].
+        betas: decays of the three averages of g, then of v and w.
         ratio: of `bounded_square`.
-        eps: added to √s, positive, in units of the gradient.
+        eps: added to √s, positive, in units of the gradient; one, or [n].
 
     Returns:
         (directions [4, n], inputs [10, n], new state, mask [n] of the coordinates that have had a non-zero gradient).
     """
     step = state["step"] + 1
-    decays = betas[:NUM_AVERAGES]
-    decay, rest = (grads.new_tensor(values)[:, None] for values in (decays, [1 - beta for beta in decays]))
-    correction = torch.stack([bias_correction(step.to(grads.dtype), beta) for beta in decays])
+    decay, rest = (grads.new_tensor(values)[:, None] for values in (betas, [1 - beta for beta in betas]))
+    correction = torch.stack([bias_correction(step.to(grads.dtype), beta) for beta in betas])
     m = state["m"] * decay[:NUM_MOMENTA] + grads * rest[:NUM_MOMENTA]
     v = state["v"][:2] * decay[NUM_MOMENTA:] + grads * grads * rest[NUM_MOMENTA:]
     active = v[0] != 0
     average, recent = torch.where(active, v / correction[NUM_MOMENTA:], 1.0)
-    most: float | torch.Tensor = ratio
-    if len(betas) > NUM_AVERAGES:
-        doubt = doubted(grads, state["v"][1], state["v"][2], betas[-1])
-        most, v = doubtful_ratio(ratio, doubt), torch.cat([v, doubt[None]])
-    scale = 1 / (bounded_square(average, recent, grads, most).sqrt() + eps)
+    if len(state["v"]) > len(v):
+        largest = state["v"][2]
+        v = torch.cat([v, torch.where(active & (average > largest), average, largest)[None]])
+    scale = 1 / (bounded_square(average, recent, grads, ratio).sqrt() + eps)
     directions = _scaled(grads, m / correction[:NUM_MOMENTA], recent, scale)
     now, first = directions[:2]
     products = torch.cat([now * directions[1:], first * directions[2:], (now * now)[None]])
@@ -209,10 +178,7 @@ def agreement_terms(
     """
     now = grads * grads
     average, recent = (v * beta + now * (1 - beta) for v, beta in zip(state["v"][:2], betas[NUM_MOMENTA:]))
-    most: float | torch.Tensor = ratio
-    if len(betas) > NUM_AVERAGES:
-        most = doubtful_ratio(ratio, doubted(grads, state["v"][1], state["v"][2], betas[-1]))
-    square = bounded_square(average, recent, grads, most)
+    square = bounded_square(average, recent, grads, ratio)
     seen = square > 0
     scale = torch.where(seen, square, 1.0).rsqrt()
     scaled = _scaled(grads, state["m"], recent, scale)
@@ -291,3 +257,26 @@ def clip_factor(now: torch.Tensor, recent: torch.Tensor, most: float) -> torch.T
     bound = most * most * recent
     loud = (now > bound) & (bound > 0)
     return torch.where(loud, (torch.where(loud, bound, 1.0) / torch.where(loud, now, 1.0)).sqrt(), 1.0)
+
+
+def largest_terms(state: Tensors) -> torch.Tensor:
+    """What `largest_root` needs summed over a tensor's coordinates, [2, n].
+
+    They are the largest average square that a coordinate has had, and one where there is any. Where it is not finite
+    both count zero.
+
+    Args:
+        state: before the step: "v" [3, n], with those squares third.
+    """
+    largest = state["v"][2]
+    some = (largest.detach() > 0) & largest.detach().isfinite()
+    return torch.stack([torch.where(some, largest, 0.0), some.to(largest.dtype)])
+
+
+def largest_root(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """How large a tensor's gradients have been: the root of the mean of those squares; zero before the first step.
+
+    Args:
+        total, count: of `largest_terms`, summed over the tensor.
+    """
+    return _root(total / count.clamp_min(1))

@@ -48,7 +48,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -65,6 +66,8 @@ from learned_opt.rules.features import (
     agreement_terms,
     clip_factor,
     clip_terms,
+    largest_root,
+    largest_terms,
     momenta,
 )
 from learned_opt.rules.kernels import native
@@ -85,9 +88,11 @@ class MixtureRuleConfig(RuleConfig):
         square, recent_square: decays of the average square that normalizes, and of the recent one that it is compared
             with, each in [0, 1).
         square_ratio: the most that the average square may be of the recent one, at least 1.
-        doubt: decay, in [0, 1), of how far recent average squares have been from the next squared gradient; where that
-            is more than half as much again, `square_ratio` grows with its fourth power. 0 for none.
-        eps: added to the root of the average square, positive.
+        eps: added to the root of the average square, positive, in units of the gradient.
+        relative_eps: added to it, too, in [0, 1): in units of how large the tensor's gradients have been, the root of
+            the mean of the largest average squares that its coordinates have had. With it a network that has learned
+            its data by heart comes to rest, whatever the units of the loss; what goes on to smaller and smaller
+            gradients without noise gets there more slowly. 0 for none; needs `growth`.
         hidden_size: units of the LSTM, at least 1.
         output_scale: the step that all is relative to, positive, in units of the parameters.
         range: R, bound of the logarithm of a step over `output_scale`, positive.
@@ -112,14 +117,16 @@ class MixtureRuleConfig(RuleConfig):
             none; needs `basis`. For every one of n numbers that is 8·n bytes of state a number.
     """
 
+    former_settings: ClassVar[Mapping[str, Any]] = {"doubt": 0.0}
+
     fast: float = 0.9
     medium: float = 0.99
     slow: float = 0.999
     square: float = 0.99
     recent_square: float = 0.9
     square_ratio: float = 64.0
-    doubt: float = 0.0
     eps: float = 1e-15
+    relative_eps: float = 0.0
     hidden_size: int = 8
     output_scale: float = 0.01
     range: float = 6.0
@@ -137,7 +144,7 @@ class MixtureRuleConfig(RuleConfig):
     basis_vectors: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("fast", "medium", "slow", "square", "recent_square", "doubt", "leak", "basis_decay"):
+        for name in ("fast", "medium", "slow", "square", "recent_square", "relative_eps", "leak", "basis_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
         for name in ("eps", "output_scale", "range"):
@@ -160,6 +167,11 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(f"loudness needs signal: it is told beside it; got {self.loudness} without; set signal")
         if self.clip and not 1 < self.clip < math.inf:
             raise ValueError(f"clip must be finite and over 1, or 0 for none; got {self.clip}")
+        if self.relative_eps and not self.growth:
+            raise ValueError(
+                f"relative_eps needs growth: without it nothing is asked of whole tensors; got {self.relative_eps} "
+                "without; give a growth above 0"
+            )
         if self.clip and not self.growth:
             raise ValueError("clip needs growth: without it nothing is asked of whole tensors; give a growth above 0")
         if not 0 <= self.brake < math.inf:
@@ -179,16 +191,14 @@ class MixtureRuleConfig(RuleConfig):
     @property
     def betas(self) -> tuple[float, ...]:
         """All decays, in the order of `features.momenta`."""
-        five = self.fast, self.medium, self.slow, self.square, self.recent_square
-        return (*five, self.doubt) if self.doubt else five
+        return self.fast, self.medium, self.slow, self.square, self.recent_square
 
 
 class MixtureRule(CompiledRule):
     """The LSTM that mixes momenta.
 
-    State: "hidden" and "cell" [1, hidden, n], "m" [3, n], "v" [2, n], or [3, n] with `doubt`, "step", and with `growth`
-    "log_size" [n], which
-    stays between −12 and `most_grown`.
+    State: "hidden" and "cell" [1, hidden, n], "m" [3, n], "v" [2, n], or [3, n] with `relative_eps`, "step", and with
+    `growth` "log_size" [n], which stays between −12 and `most_grown`.
     """
 
     kind: ClassVar[str] = "mixture"
@@ -198,7 +208,8 @@ class MixtureRule(CompiledRule):
     def __init__(self, config: MixtureRuleConfig | None = None) -> None:
         c = self.config = config or MixtureRuleConfig()
         self._num_told = NUM_CONTEXT + c.signal + (c.loudness > 0) if c.growth else 0
-        self.num_context = self._num_told + (c.clip > 0)  # the last row is not told but multiplies the gradient
+        # Below what is told: what multiplies the gradient, and what is added to what divides it.
+        self.num_context = self._num_told + (c.clip > 0) + (c.relative_eps > 0)
         self.basis = None
         if c.basis:
             self.basis = Basis(longest=c.basis, decay=c.basis_decay, every=c.basis_every, vectors=c.basis_vectors)
@@ -243,17 +254,24 @@ class MixtureRule(CompiledRule):
 
     def context_terms(self, grads: torch.Tensor, state: Tensors) -> torch.Tensor:
         c = self.config
-        terms = agreement_terms(grads, state, c.betas, c.square_ratio, c.signal)
-        return torch.cat([terms, clip_terms(grads, state, c.recent_square)]) if c.clip else terms
+        terms = [agreement_terms(grads, state, c.betas, c.square_ratio, c.signal)]
+        if c.clip:
+            terms.append(clip_terms(grads, state, c.recent_square))
+        if c.relative_eps:
+            terms.append(largest_terms(state))
+        return torch.cat(terms)
 
     def context_of(self, sums: torch.Tensor) -> torch.Tensor:
         kernel = native.kernel(self.native_shape) if native.unrecorded(sums, dtype=torch.float64) else None
-        loudness, clip = self.config.loudness, self.config.clip
+        c = self.config
         if kernel is not None:
-            return kernel.agreement(sums, loudness, clip)
-        if not clip:
-            return agreement(sums, loudness)
-        return torch.cat([agreement(sums[:-2], loudness), clip_factor(sums[-2], sums[-1], clip)[None]])
+            return kernel.agreement(sums, c.loudness, c.clip, c.relative_eps)
+        below: list[torch.Tensor] = []
+        if c.relative_eps:
+            below, sums = [c.relative_eps * largest_root(sums[-2], sums[-1])], sums[:-2]
+        if c.clip:
+            below, sums = [clip_factor(sums[-2], sums[-1], c.clip), *below], sums[:-2]
+        return torch.cat([agreement(sums, c.loudness), *(row[None] for row in below)])
 
     def context_sums(self, grads: torch.Tensor, state: Tensors, layout: TensorLayout) -> torch.Tensor:
         kernel = native.kernel(self.native_shape) if native.usable(grads, *state.values()) else None
@@ -265,7 +283,7 @@ class MixtureRule(CompiledRule):
         self, num_coordinates: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensors:
         size = self.config.hidden_size
-        squares = 3 if self.config.doubt else 2
+        squares = 3 if self.config.relative_eps else 2
         rows = {"hidden": (1, size), "cell": (1, size), "m": (NUM_MOMENTA,), "v": (squares,), "step": ()}
         if self.config.growth:
             rows["log_size"] = ()
@@ -280,8 +298,8 @@ class MixtureRule(CompiledRule):
         context: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Tensors]:
         c = self.config
-        grads, told, factor = self._heard(grads, context)
-        directions, inputs, new_state, active = momenta(grads, state, c.betas, c.square_ratio, c.eps)
+        grads, told, factor, eps = self._heard(grads, context)
+        directions, inputs, new_state, active = momenta(grads, state, c.betas, c.square_ratio, eps)
         joined = torch.cat([inputs, told, state["hidden"][0]])
         gates = torch.addmm(theta["lstm.0.bias"][:, None], theta["lstm.0.weight"], joined)
         i, f, o = gates[: 3 * c.hidden_size].sigmoid().chunk(3)
@@ -310,13 +328,21 @@ class MixtureRule(CompiledRule):
 
     def _heard(
         self, grads: torch.Tensor, context: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gradient, clipped, what the LSTM is told of its tensor, zeros without context, and what clipped it."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float | torch.Tensor]:
+        """What is heard of a gradient and of its tensor, where there is context.
+
+        Returns:
+            (the gradient, clipped; what the LSTM is told, zeros without context; what clipped it; what is added to what
+            divides it).
+        """
+        c = self.config
         if context is None:
-            return grads, grads.new_zeros(self._num_told, len(grads)), torch.ones_like(grads)
-        if not self.config.clip:
-            return grads, context[: self._num_told], torch.ones_like(grads)
-        return grads * context[-1], context[: self._num_told], context[-1]
+            return grads, grads.new_zeros(self._num_told, len(grads)), torch.ones_like(grads), c.eps
+        eps = c.eps + context[-1] if c.relative_eps else c.eps
+        if not c.clip:
+            return grads, context[: self._num_told], torch.ones_like(grads), eps
+        factor = context[self._num_told]
+        return grads * factor, context[: self._num_told], factor, eps
 
     @functools.cached_property
     def native_shape(self) -> Shape:
@@ -330,6 +356,7 @@ class MixtureRule(CompiledRule):
             num_directions=NUM_DIRECTIONS,
             num_context=self._num_told,
             clips=self.config.clip > 0,
+            rests=self.config.relative_eps > 0,
         )
 
     @functools.cached_property
@@ -356,9 +383,8 @@ class MixtureRule(CompiledRule):
     def native_rows(
         self, grads: torch.Tensor, state: Tensors, layout: TensorLayout | None
     ) -> tuple[torch.Tensor, Tensors, torch.Tensor]:
-        grads, told, factor = self._heard(grads, self.context_rows(grads, state, layout))
-        directions, inputs, after, active = momenta(
-            grads, state, self.config.betas, self.config.square_ratio, self.config.eps
-        )
-        clipped = [factor[None]] if self.config.clip else []
+        c = self.config
+        grads, told, factor, eps = self._heard(grads, self.context_rows(grads, state, layout))
+        directions, inputs, after, active = momenta(grads, state, c.betas, c.square_ratio, eps)
+        clipped = [factor[None]] if c.clip else []
         return torch.cat([inputs, told, directions, *clipped]), after, active

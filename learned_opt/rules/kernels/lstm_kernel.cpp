@@ -14,7 +14,7 @@
 // many of the features are of the whole parameter tensor and are given. With CONTEXT there is one more output, and
 // weights from the features to it, output.skip [FEATURES], at the end of theta: it makes the mixed step grow or shrink
 // from one time to the next. CLIPS (0 or 1): whether the context has one more row, which multiplies the gradient and
-// may brake the step.
+// may brake the step. RESTS (0 or 1): whether it has another, which is added to what divides the gradient.
 
 #include <cmath>
 #include <cstddef>
@@ -47,7 +47,7 @@ typedef int32_t Mask __attribute__((vector_size(LANES * sizeof(float)), may_alia
 constexpr bool GROWS = CONTEXT > 0;
 constexpr bool TELLS_SIGNAL = CONTEXT > 4;  // the fifth number of the context, by which steps leak
 constexpr bool HUSHED = CONTEXT > 5;        // the sixth, by which steps grow less
-constexpr int SKIPS = GROWS ? FEATURES : 0, TOLD = CONTEXT + CLIPS;
+constexpr int SKIPS = GROWS ? FEATURES : 0, TOLD = CONTEXT + CLIPS + RESTS;
 constexpr int OUTPUTS = DIRECTIONS ? DIRECTIONS + 1 + GROWS : 1;
 constexpr float MOST_SHRUNK = 12.0f;              // bound of the logarithm that a step has shrunk by
 constexpr int ROWS = FEATURES + DIRECTIONS + CLIPS;  // what is computed from the gradients, or given
@@ -325,7 +325,7 @@ struct Inputs {
   ptrdiff_t state_ld;
   const float* step;       // [n] or [1]
   int shared_step;
-  const double* betas;     // of the averages of gradients, then of squares, then, if not zero, of doubts: 1 - beta must not cancel
+  const double* betas;     // of the averages of gradients, then of squares: 1 - beta must not cancel
   float ratio;             // MOMENTA: the most that the average square may be of the recent one
   float eps, range;
   const unsigned char* active;  // [steps, n], GIVEN
@@ -341,9 +341,7 @@ struct Averages {  // of one block
   alignas(64) float m[MOST_M][WIDTH], v[MOST_V][WIDTH], step[WIDTH];
 };
 constexpr int num_m(int kind) { return kind == MOMENTA ? 3 : kind == NORMALIZED ? 1 : 0; }
-inline int num_v(const Inputs& in) {
-  return in.kind == MOMENTA ? (in.betas[5] > 0.0 ? 3 : 2) : in.kind == NORMALIZED ? 1 : 0;
-}
+constexpr int num_v(int kind) { return kind == MOMENTA ? 2 + RESTS : kind == NORMALIZED ? 1 : 0; }
 
 inline void load_row(const float* from, int width, float* to) {
   if (width == WIDTH)
@@ -368,7 +366,7 @@ inline void store_row(const float* from, int width, float* to) {
 void load_averages(const Inputs& in, ptrdiff_t column, int width, Averages& a) {
   if (!num_m(in.kind)) return;
   for (int i = 0; i < num_m(in.kind); ++i) load_row(in.m + i * in.state_ld + column, width, a.m[i]);
-  for (int i = 0; i < num_v(in); ++i) load_row(in.v + i * in.state_ld + column, width, a.v[i]);
+  for (int i = 0; i < num_v(in.kind); ++i) load_row(in.v + i * in.state_ld + column, width, a.v[i]);
   for (int j = 0; j < WIDTH; ++j) a.step[j] = in.step[in.shared_step ? 0 : column + (j < width ? j : 0)];
 }
 
@@ -385,33 +383,13 @@ inline float bounded(float average, float recent, float grad, float ratio) {
   const float most = ratio * recent;
   return (average < most) | (grad == 0.0f) | (recent == 0.0f) ? average : most;
 }
-// See `features.doubted` and `features.doubtful_ratio` in Python.
-inline float doubted(float grad, float recent, float doubt, float beta, float rest) {
-  const float now = grad * grad, surprise = now / recent;
-  const bool some = (now != 0.0f) & (recent != 0.0f);
-  return some ? doubt * beta + (surprise > 1e8f ? 1e8f : surprise) * rest : doubt;
-}
-inline float doubtful(float ratio, float doubt) {
-  const float some = doubt / 1.5f, once = some > 1.0f ? some : some <= 1.0f ? 1.0f : some;  // NaN stays
-  return ratio * (once * once) * (once * once);
-}
-// The bound of every coordinate of a block; doubts, where there are any, move on.
-inline void most_of(float ratio, const float* __restrict g, const float* __restrict recent, float* __restrict doubt,
-                    float beta, float rest, float* __restrict out) {
-  for (int j = 0; j < WIDTH; ++j) out[j] = ratio;
-  if (beta > 0.0f)
-    for (int j = 0; j < WIDTH; ++j) {
-      doubt[j] = doubted(g[j], recent[j], doubt[j], beta, rest);
-      out[j] = doubtful(ratio, doubt[j]);
-    }
-}
 // See `features._faded` in Python.
 inline float faded(float x, float most) { return std::fabs(x) > most ? most * (most / x) : x; }  // NaN stays
 
 // See `features.momenta` in Python: normalized gradient and momenta are the directions, and what is the same for g and -g
 // is the network's input.
-inline void momenta(const Inputs& in, const float* __restrict g, bool same, Averages& a, float* __restrict out,
-                    float* __restrict active) {
+inline void momenta(const Inputs& in, const float* __restrict g, const float* __restrict least, bool same, Averages& a,
+                    float* __restrict out, float* __restrict active) {
   if constexpr (DIRECTIONS == 4 && FEATURES - CONTEXT == 10) {
     alignas(64) float correction[5][WIDTH];
     for (int i = 0; i < 5; ++i) correct(a, same, in.betas[i], correction[i]);
@@ -421,15 +399,14 @@ inline void momenta(const Inputs& in, const float* __restrict g, bool same, Aver
       rest[i] = float(1.0 - in.betas[i]);
     }
     float* __restrict directions = out + FEATURES * WIDTH;
-    alignas(64) float ratio[WIDTH];
-    most_of(in.ratio, g, a.v[1], a.v[2], float(in.betas[5]), float(1.0 - in.betas[5]), ratio);
     for (int j = 0; j < WIDTH; ++j) {
       for (int i = 0; i < 3; ++i) a.m[i][j] = a.m[i][j] * beta[i] + g[j] * rest[i];
       for (int i = 0; i < 2; ++i) a.v[i][j] = a.v[i][j] * beta[3 + i] + g[j] * g[j] * rest[3 + i];
       const bool idle = a.v[0][j] == 0.0f;
       const float average = a.v[0][j] / correction[3][j], recent = a.v[1][j] / correction[4][j];
-      const float square = bounded(average, recent, g[j], ratio[j]);
-      const float scale = 1.0f / (std::sqrt(idle ? 1.0f : square) + in.eps);
+      const float square = bounded(average, recent, g[j], in.ratio);
+      if (RESTS) a.v[2][j] = !idle & (average > a.v[2][j]) ? average : a.v[2][j];
+      const float scale = 1.0f / (std::sqrt(idle ? 1.0f : square) + least[j]);
       const float most = idle ? 0.0f : std::sqrt(recent) * scale;
       const float d0 = g[j] * scale, d1 = a.m[0][j] / correction[0][j] * scale,
                   d2 = faded(a.m[1][j] / correction[1][j] * scale, most),
@@ -491,7 +468,12 @@ void features(const Inputs& in, int t, ptrdiff_t column, int width, Averages& a,
         g[j] *= row[j];
       }
     }
-    momenta(in, g, same, a, out, active);
+    alignas(64) float least[WIDTH];
+    const float* rests =
+        RESTS && in.context ? in.context + (ptrdiff_t(t) * TOLD + CONTEXT + CLIPS) * in.tensors : nullptr;
+    for (int j = 0; j < WIDTH; ++j)
+      least[j] = in.eps + (!rests || j >= width ? 0.0f : rests[in.tensor ? in.tensor[column + j] : 0]);
+    momenta(in, g, least, same, a, out, active);
     for (int c = 0; c < CONTEXT; ++c) {
       const float* values = in.context ? in.context + (ptrdiff_t(t) * TOLD + c) * in.tensors : nullptr;
       float* row = out + (FEATURES - CONTEXT + c) * WIDTH;
@@ -647,7 +629,7 @@ void step_block(const Weights& w, const Inputs& in, const float* hidden, const f
   load_averages(in, column, width, s.averages);
   features(in, 0, column, width, s.averages, s.x, s.active);
   for (int i = 0; i < num_m(in.kind); ++i) store_row(s.averages.m[i], width, after.m + i * out_ld + column);
-  for (int i = 0; i < num_v(in); ++i) store_row(s.averages.v[i], width, after.v + i * out_ld + column);
+  for (int i = 0; i < num_v(in.kind); ++i) store_row(s.averages.v[i], width, after.v + i * out_ld + column);
   dense(w, s.x, s.joined[0]);
   for (int l = 0; l < LAYERS; ++l) {
     float* recurrent = s.joined[l] + inputs_of(l) * WIDTH;
@@ -987,15 +969,15 @@ void lstm_pack(const float* theta, long sets, void* weights) {
 // [..., sets * per_set]. The new state goes to the pointers that end in _out, which may be the old ones. Rows of the
 // old state are state_ld apart, of the new one out_ld.
 void lstm_step(const void* packed, long sets, long per_set, int kind, const float* grads, const float* m, const float* v,
-              const float* step, int shared_step, const double* betas, float ratio, float eps, float range, float growth,
-              float most_grown, float leak, float brake, float most_braked, const float* hidden, const float* cells,
-              const float* log_size, long state_ld, float* m_out, float* v_out, float* hidden_out, float* cells_out,
-              float* log_size_out, long out_ld, const float* context, long tensors, const int* tensor, float scale,
+              const float* step, int shared_step, const double* betas, float ratio, float eps, float range,
+              float growth, float most_grown, float leak, float brake, float most_braked,
+              const float* hidden, const float* cells, const float* log_size, long state_ld, float* m_out, float* v_out,
+              float* hidden_out, float* cells_out, float* log_size_out, long out_ld, const float* context, long tensors, const int* tensor, float scale,
               float* update, int threads) {
   const long n = sets * per_set, blocks = (per_set + WIDTH - 1) / WIDTH;
   const Weights* weights = static_cast<const Weights*>(packed);
-  const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, ratio, eps, range, nullptr, log_size, growth,
-                  most_grown, leak, brake, most_braked, context, tensors, tensor};
+  const Inputs in{kind, grads, n, m, v, state_ld, step, shared_step, betas, ratio, eps, range, nullptr,
+                  log_size, growth, most_grown, leak, brake, most_braked, context, tensors, tensor};
   const State after{hidden_out, cells_out, m_out, v_out, log_size_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && sets * blocks > 8)
   {
@@ -1048,28 +1030,27 @@ void lstm_normalized_back(const float* grads, const float* m, const float* v, co
 // a², b₁², b₂², b₃², a b₁, a b₂, a b₃, b₁ b₂, b₁ b₃ and b₂ b₃, where a is the gradient and b the averages of it before the
 // step, all divided by the root of the average square after it, bounded as in `features.bounded_square`, and b₂ and b₃
 // faded beside the root of the recent one; where the signal is told, b₃² once more, without the bias that an average has
-// after so many steps, and how many a there are that are not zero. With CLIPS the last two are those of
-// `features.clip_terms`. What is not finite is left out. sums [10 to 14, tensors].
+// after so many steps, and how many a there are that are not zero. With CLIPS the next two are those of
+// `features.clip_terms`, and with RESTS the last two those of `features.largest_terms`. What is not finite is left out.
+// sums [10 to 16, tensors].
 void lstm_context(const float* grads, const float* m, const float* v, long ld, const float* step, int shared_step,
-                  double slow_beta, double beta, double recent_beta, double doubt_beta, float ratio, const long* bounds,
-                  long tensors, double* sums, int threads) {
+                  double slow_beta, double beta, double recent_beta, float ratio, const long* bounds, long tensors,
+                  double* sums, int threads) {
   const float keep = float(beta), rest = float(1.0 - beta);
   const float recent_keep = float(recent_beta), recent_rest = float(1.0 - recent_beta);
-  const float doubt_keep = float(doubt_beta), doubt_rest = float(1.0 - doubt_beta);
-  const int num_v = doubt_keep > 0.0f ? 3 : 2;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1 && bounds[tensors] > 4096)
   for (long s = 0; s < tensors; ++s) {
-    double total[10] = {}, heard = 0.0, now_sum = 0.0, recent_sum = 0.0;
+    double total[10] = {}, heard = 0.0, now_sum = 0.0, recent_sum = 0.0, largest_sum = 0.0, known = 0.0;
     for (long start = bounds[s]; start < bounds[s + 1]; start += 1024) {
       const long stop = bounds[s + 1] < start + 1024 ? bounds[s + 1] : start + 1024;
       float part[10][WIDTH] = {}, count[WIDTH] = {}, loud[WIDTH] = {}, calm[WIDTH] = {};
+      float most_sum[WIDTH] = {}, most_count[WIDTH] = {};
       for (long i = start; i < stop; i += WIDTH) {
         const int width = stop - i < WIDTH ? int(stop - i) : WIDTH;
-        alignas(64) float x[7][WIDTH], most_ratio[WIDTH];
+        alignas(64) float x[6 + RESTS][WIDTH];
         load_row(grads + i, width, x[0]);
         for (int k = 0; k < 3; ++k) load_row(m + k * ld + i, width, x[1 + k]);
-        for (int k = 0; k < num_v; ++k) load_row(v + k * ld + i, width, x[4 + k]);
-        most_of(ratio, x[0], x[5], x[6], doubt_keep, doubt_rest, most_ratio);
+        for (int k = 0; k < 2 + RESTS; ++k) load_row(v + k * ld + i, width, x[4 + k]);
         for (int j = 0; j < WIDTH; ++j) {
           const float now = x[0][j] * x[0][j], recent = x[5][j] * recent_keep + now * recent_rest;
           if (CLIPS) {
@@ -1077,7 +1058,13 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
             loud[j] += finite ? now : 0.0f;
             calm[j] += finite ? x[5][j] : 0.0f;
           }
-          const float square = bounded(x[4][j] * keep + now * rest, recent, x[0][j], most_ratio[j]);
+          if (RESTS) {
+            const float largest = x[5 + RESTS][j];
+            const bool some = (largest > 0.0f) & (largest < INFINITY);
+            most_sum[j] += some ? largest : 0.0f;
+            most_count[j] += some ? 1.0f : 0.0f;
+          }
+          const float square = bounded(x[4][j] * keep + now * rest, recent, x[0][j], ratio);
           const float scale = square > 0.0f ? 1.0f / std::sqrt(square) : 0.0f, most = std::sqrt(recent) * scale;
           float a = x[0][j] * scale, b1 = x[1][j] * scale;
           float b2 = faded(x[2][j] * scale, most), b3 = faded(x[3][j] * scale, most);
@@ -1106,12 +1093,21 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
         now_sum += loud[j];
         recent_sum += calm[j];
       }
+      for (int j = 0; j < WIDTH && RESTS; ++j) {
+        largest_sum += most_sum[j];
+        known += most_count[j];
+      }
     }
     for (int k = 0; k < 10; ++k) sums[k * tensors + s] = total[k];
     const double steps = step[shared_step ? 0 : bounds[s]], age = steps > 1.0 ? steps : 1.0;
     if (CLIPS) {
       sums[(10 + 2 * TELLS_SIGNAL) * tensors + s] = now_sum;
       sums[(11 + 2 * TELLS_SIGNAL) * tensors + s] = recent_sum / -std::expm1(age * std::log(recent_beta));
+    }
+    if (RESTS) {
+      const int at = 10 + 2 * TELLS_SIGNAL + 2 * CLIPS;
+      sums[at * tensors + s] = largest_sum;
+      sums[(at + 1) * tensors + s] = known;
     }
     if (TELLS_SIGNAL) {
       const double correction = -std::expm1(age * std::log(slow_beta));
@@ -1121,8 +1117,8 @@ void lstm_context(const float* grads, const float* m, const float* v, long ld, c
   }
 }
 
-// See `features.agreement` and `features.clip_factor`: what those sums say, [4 to 7, tensors].
-void lstm_agreement(const double* sums, long tensors, double loudness, double clip, double* out) {
+// See `features.agreement`, `features.clip_factor` and `features.largest_root`: what those sums say, [4 to 8, tensors].
+void lstm_agreement(const double* sums, long tensors, double loudness, double clip, double relative_eps, double* out) {
   for (long s = 0; s < tensors; ++s) {
     double q[10];
     for (int k = 0; k < 10; ++k) q[k] = sums[k * tensors + s];
@@ -1146,6 +1142,11 @@ void lstm_agreement(const double* sums, long tensors, double loudness, double cl
       const double now = sums[at * tensors + s], most = clip * clip * sums[(at + 1) * tensors + s];
       out[CONTEXT * tensors + s] = (now > most) & (most > 0.0) ? std::sqrt(most / now) : 1.0;
     }
+    if (RESTS) {
+      const int at = 10 + 2 * TELLS_SIGNAL + 2 * CLIPS;
+      const double known = sums[(at + 1) * tensors + s];
+      out[(CONTEXT + CLIPS) * tensors + s] = relative_eps * std::sqrt(sums[at * tensors + s] / (known > 1.0 ? known : 1.0));
+    }
   }
 }
 
@@ -1154,8 +1155,9 @@ void lstm_agreement(const double* sums, long tensors, double loudness, double cl
 // ones. theta_grads [theta_size] is overwritten. Returns 0, or 1 without memory.
 int lstm_backward(const float* theta, long n, int steps, int kind, const float* grads, long ld, const float* m,
                   const float* v, const float* step, int shared_step, const double* betas, float ratio, float eps,
-                  float range, float growth, float most_grown, float leak, float brake, float most_braked,
-                  const unsigned char* active, const float* hidden, const float* cells, const float* log_size, long state_ld,
+                  float range, float growth, float most_grown, float leak, float brake,
+                  float most_braked, const unsigned char* active, const float* hidden, const float* cells,
+                  const float* log_size, long state_ld,
                   const float* cotangents, long cotangent_ld, int summed,
                   const float* hidden_in, const float* cells_in, const float* log_in, float* hidden_out,
                   float* cells_out, float* log_out, float* x_out, const float* context, long tensors, const int* tensor,
@@ -1169,8 +1171,8 @@ int lstm_backward(const float* theta, long n, int steps, int kind, const float* 
   int failed = !weights || !parts;
   if (!failed) {
     fill(*weights, theta);
-    const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, ratio, eps, range, active, log_size, growth,
-                    most_grown, leak, brake, most_braked, context, tensors, tensor};
+    const Inputs in{kind, grads, ld, m, v, state_ld, step, shared_step, betas, ratio, eps, range, active,
+                    log_size, growth, most_grown, leak, brake, most_braked, context, tensors, tensor};
     const Outward outward{hidden_in, cells_in, hidden_out, cells_out, x_out, log_in, log_out};
 #pragma omp parallel num_threads(threads) if (threads > 1 && groups > 1)
     {

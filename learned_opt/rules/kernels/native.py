@@ -130,7 +130,7 @@ class LSTMKernel:
             _KINDS[inputs.kind],
             grads.data_ptr(),
             *calls.averages(before),
-            calls.packed(inputs.decays),
+            calls.packed(inputs.betas),
             *inputs.numbers,
             *calls.network(before),
             spacing,
@@ -248,7 +248,7 @@ class LSTMKernel:
         return out, d_grads
 
     def context_sums(self, grads: torch.Tensor, state: Tensors, inputs: Inputs, layout: TensorLayout) -> torch.Tensor:
-        """The sums that `features.agreement_terms` and `features.clip_terms` describe, float64 [10 to 14, tensors].
+        """The sums of `features.agreement_terms`, `clip_terms` and `largest_terms`, float64 [10 to 16, tensors].
 
         Args:
             grads: [n].
@@ -259,21 +259,27 @@ class LSTMKernel:
         calls.check(grads)
         rows, spacing = calls.in_rows({"m": state["m"], "v": state["v"]}, grads.shape[0])
         bounds = calls.bounds(layout)
-        num_sums = 10 + 2 * self._tells_signal + 2 * self.shape.clips
+        num_sums = 10 + 2 * (self._tells_signal + self.shape.clips + self.shape.rests)
         sums = grads.new_empty(num_sums, len(bounds) - 1, dtype=torch.float64)
         grads, step = grads.contiguous(), state["step"].contiguous()
         self._context(
             *(grads.data_ptr(), rows["m"].data_ptr(), rows["v"].data_ptr(), spacing),
-            *(step.data_ptr(), int(step.numel() == 1), inputs.decays[NUM_MOMENTA - 1]),
-            *(*inputs.decays[NUM_MOMENTA:], inputs.square_ratio),
+            *(step.data_ptr(), int(step.numel() == 1), inputs.betas[NUM_MOMENTA - 1]),
+            *(*inputs.betas[NUM_MOMENTA:], inputs.square_ratio),
             *(bounds.data_ptr(), len(bounds) - 1, sums.data_ptr(), calls.threads()),
         )
         return sums
 
-    def agreement(self, sums: torch.Tensor, loudness: float = 0.0, clip: float = 0.0) -> torch.Tensor:
-        """`features.agreement` of such sums and, below it, `features.clip_factor`: float64 [4 to 7, tensors]."""
-        out = sums.new_empty(max(NUM_CONTEXT, self.shape.num_context) + self.shape.clips, sums.shape[1])
-        self._agreement(sums.contiguous().data_ptr(), sums.shape[1], loudness, clip, out.data_ptr())
+    def agreement(
+        self, sums: torch.Tensor, loudness: float = 0.0, clip: float = 0.0, relative_eps: float = 0.0
+    ) -> torch.Tensor:
+        """`features.agreement` of such sums and, below it, what gradients are multiplied by and what is added.
+
+        That is `features.clip_factor`, and `features.largest_root` times `relative_eps`: float64 [4 to 8, tensors].
+        """
+        num_rows = max(NUM_CONTEXT, self.shape.num_context) + self.shape.clips + self.shape.rests
+        out = sums.new_empty(num_rows, sums.shape[1])
+        self._agreement(sums.contiguous().data_ptr(), sums.shape[1], loudness, clip, relative_eps, out.data_ptr())
         return out
 
     def _run(
@@ -305,7 +311,7 @@ class LSTMKernel:
             grads.data_ptr(),
             ld,
             *averages,
-            calls.packed(inputs.decays),
+            calls.packed(inputs.betas),
             *inputs.numbers,
             active.data_ptr() if active is not None else None,
             *calls.network(state),

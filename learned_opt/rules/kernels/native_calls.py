@@ -32,10 +32,10 @@ def declare(library: ctypes.CDLL) -> None:
     ]
     library.lstm_pack.argtypes = [pointer, long, pointer]
     library.lstm_context.argtypes = [
-        *(*three, long, pointer, integer, *(ctypes.c_double,) * 4, real),
+        *(*three, long, pointer, integer, *(ctypes.c_double,) * 3, real),
         *(pointer, long, pointer, integer),
     ]
-    library.lstm_agreement.argtypes = [pointer, long, ctypes.c_double, ctypes.c_double, pointer]
+    library.lstm_agreement.argtypes = [pointer, long, *(ctypes.c_double,) * 3, pointer]
     library.lstm_normalized_back.argtypes = [
         *(pointer, pointer, pointer, pointer, ctypes.c_double, real, long),
         *(pointer, pointer, pointer, pointer, pointer, integer),
@@ -64,9 +64,9 @@ if hasattr(os, "register_at_fork"):
 
 
 @functools.cache
-def packed(decays: tuple[float, ...]) -> ctypes.Array[ctypes.c_double]:
-    """The decays as the kernel reads them."""
-    return (ctypes.c_double * len(decays))(*decays)
+def packed(betas: tuple[float, ...]) -> ctypes.Array[ctypes.c_double]:
+    """Decays as the kernel reads them."""
+    return (ctypes.c_double * len(betas))(*betas)
 
 
 def check(*tensors: torch.Tensor) -> None:

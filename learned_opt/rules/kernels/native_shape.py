@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from learned_opt.rules.features import NUM_AVERAGES
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -19,6 +17,7 @@ class Shape:
             "log_size", the logarithm of what a mixed step is multiplied by.
         clips: whether there is one more row of context, which multiplies the gradient and brakes; it comes last among
             the network's inputs and directions, too.
+        rests: whether there is another, which is added to what divides the gradient; it comes last of the context.
     """
 
     num_features: int
@@ -29,6 +28,7 @@ class Shape:
     num_directions: int = 0
     num_context: int = 0
     clips: bool = False
+    rests: bool = False
 
     def defines(self) -> list[str]:
         """The compiler's arguments."""
@@ -41,6 +41,7 @@ class Shape:
             "DIRECTIONS": self.num_directions,
             "CONTEXT": self.num_context,
             "CLIPS": int(self.clips),
+            "RESTS": int(self.rests),
         }
         return [f"-D{name}={value}" for name, value in values.items()]
 
@@ -58,7 +59,7 @@ class Inputs:
     Attributes:
         kind: "normalized", "log_and_sign", "momenta", or "given": the inputs themselves (and directions, below them)
             are passed instead of gradients.
-        betas: decays of the averages: one with "normalized", five with "momenta", and a sixth with `doubt`.
+        betas: decays of the averages: one with "normalized", five with "momenta".
         square_ratio: of "momenta".
         eps: of "normalized" and "momenta".
         log_range: of "log_and_sign"; with directions, bound of the logarithm of a step.
@@ -85,8 +86,3 @@ class Inputs:
         """What the kernel is passed beside the decays."""
         sizes = self.growth, self.most_grown, self.leak, self.brake, self.most_braked
         return self.square_ratio, self.eps, self.log_range, *sizes
-
-    @property
-    def decays(self) -> tuple[float, ...]:
-        """What the kernel is passed: with "momenta" six, the last zero where nothing is doubted."""
-        return (*self.betas, 0.0) if len(self.betas) == NUM_AVERAGES else self.betas
