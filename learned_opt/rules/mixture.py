@@ -39,6 +39,9 @@ much, before one is taken; the agreements would take ten steps to notice, which 
 shrink below e^−`most_braked` for that: where a network knows its data by heart gradients may be zero for hundreds of
 batches, and the next one is then louder beyond all measure.
 
+With `relative_eps` such a network comes to rest: a share of how large the tensor's gradients have been is added to what
+divides them, so that gradients far below it make next to no step, in whatever units the loss comes.
+
 Averages at several scales are those of Metz et al. 2020 (arXiv:2009.11243); steps as a direction times the exponential
 of an output those of Metz et al. 2019 (arXiv:1810.10180). Symmetry and mixture are ours.
 """
@@ -167,13 +170,13 @@ class MixtureRuleConfig(RuleConfig):
             raise ValueError(f"loudness needs signal: it is told beside it; got {self.loudness} without; set signal")
         if self.clip and not 1 < self.clip < math.inf:
             raise ValueError(f"clip must be finite and over 1, or 0 for none; got {self.clip}")
+        if self.clip and not self.growth:
+            raise ValueError("clip needs growth: without it nothing is asked of whole tensors; give a growth above 0")
         if self.relative_eps and not self.growth:
             raise ValueError(
                 f"relative_eps needs growth: without it nothing is asked of whole tensors; got {self.relative_eps} "
                 "without; give a growth above 0"
             )
-        if self.clip and not self.growth:
-            raise ValueError("clip needs growth: without it nothing is asked of whole tensors; give a growth above 0")
         if not 0 <= self.brake < math.inf:
             raise ValueError(f"brake must be finite and not negative; got {self.brake}")
         if self.brake and not self.clip:
