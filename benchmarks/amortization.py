@@ -236,6 +236,7 @@ class Comparison:
         self.meta_family = ModuleFamily(network, F.cross_entropy, self.data, batch_size=64, judge="query")
         # The same tasks and batches; the rows that judge are of meta-training alone.
         self.family = BatchedFamily(ModuleFamily(network, F.cross_entropy, self.data, batch_size=64))
+        self.groups: dict[str, Groups] = {}
         options.folder.mkdir(parents=True, exist_ok=True)
         self.pooled = self._kept("pooled", self._pooled)
         self.trainers: dict[int, dict[str, MetaTrainer]] = {}
@@ -266,7 +267,9 @@ class Comparison:
         return value
 
     def _groups(self, split: str) -> Groups:
-        return Groups(self.family, self.data, split, self.options.most_groups)
+        if split not in self.groups:  # found by drawing until every group has come up
+            self.groups[split] = Groups(self.family, self.data, split, self.options.most_groups)
+        return self.groups[split]
 
     def _start_of(self, seed: int) -> torch.Tensor:
         """The learned initial parameters."""

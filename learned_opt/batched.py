@@ -3,8 +3,9 @@
 `BatchedFamily` runs many particles of one family at once: their parameters are one [particles, parameters] matrix,
 and one `vmap(grad_and_value(loss))` gives all losses and gradients. Once a shape has been seen a few times
 the vectorized function is traced to a flat graph of tensor operations (`make_fx`), which computes the same bits and
-spares the function transforms' overhead at every inner step. A family that `vmap` cannot batch, since its loss
-branches on the values of tensors, runs one particle after the other instead, with a warning.
+spares the function transforms' overhead at every inner step. A trace is kept as long as its family, and whoever
+batches the same family anew finds it. A family that `vmap` cannot batch, since its loss branches on the values of
+tensors, runs one particle after the other instead, with a warning.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import Any
 
 import torch
 from torch.func import grad, grad_and_value, vjp, vmap
+from torch.utils.weak import WeakIdKeyDictionary
 
 from learned_opt.program import trace
 from learned_opt.task import TaskFamily, Tensors, check_split, draw_batches, draw_task, stack
 
 _CALLS_BEFORE_TRACE = 8
+_traces = WeakIdKeyDictionary()
+"""Per family, by device, dtype and shared data: what was traced, and how often what is not yet was called."""
 _VECTOR = "<vector>"  # beside a batch's own names
 # Parts of error messages that one particle at a time is no answer to.
 _NOT_FOR_ONE_BY_ONE = ("randomness", "out of memory", "allocate memory")
@@ -84,7 +88,9 @@ class BatchedFamily:
         self.shapes = [tuple(value.shape) for value in params.values()]
         self.sizes = tuple(value.numel() for value in params.values())
         self.num_parameters = sum(self.sizes)
-        self._traced: dict[Any, Any] = {}
+        shared = tuple((name, value.shape, value.dtype) for name, value in sorted(self._shared.items()))
+        known = _traces.setdefault(family, {})
+        self._traced: dict[Any, Any] = known.setdefault((self.device, dtype, shared), {})
         self._one_by_one: set[str] = set()
         clash = sorted(task.keys() & self._shared.keys())
         if clash:
@@ -300,9 +306,11 @@ class BatchedFamily:
         seen = self._traced.get(key, 0)
         if isinstance(seen, int):
             function = make()
-            if seen < _CALLS_BEFORE_TRACE or self._one_by_one & {"loss", "query_loss"}:
-                self._traced[key] = seen + 1
-                return function(*arguments)
+            if seen < _CALLS_BEFORE_TRACE:
+                outputs = function(*arguments)
+                if not self._one_by_one & {"loss", "query_loss"}:  # which is never traced: it branches
+                    self._traced[key] = seen + 1
+                return outputs
 
             def program(params: torch.Tensor, tasks: Tensors, shared: Tensors, batch: Tensors) -> Any:
                 return function(params, tasks, shared, batch)

@@ -32,7 +32,12 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch.distributed.run", "torch.distributed.elastic.agent.server.local_elastic_agent", "train_optimizer")
+_PACKAGES = (
+    "torch.distributed.run",
+    "torch.distributed.elastic.agent.server.local_elastic_agent",
+    "torch._dynamo",  # two seconds, which torch spends when a function is first vectorized
+    "train_optimizer",
+)
 _LONGEST_REQUEST = 2**20
 
 

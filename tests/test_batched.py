@@ -1,7 +1,10 @@
 """The batched program against plain autograd one task at a time, and its traced form against itself, bit for bit."""
 
+import copy
 import dataclasses
+import gc
 import math
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -21,7 +24,7 @@ CALLS_BEFORE_TRACE = batched_module._CALLS_BEFORE_TRACE
 
 
 def start(family, dtype=torch.float64, seeds=SEEDS, step=2):
-    batched = BatchedFamily(family, dtype=dtype)
+    batched = BatchedFamily(copy.deepcopy(family), dtype=dtype)  # of the copy nothing is traced yet
     tasks, params = batched.start("meta_train", seeds)
     batches = batched.batches(tasks, seeds, [step] * len(seeds), 1)
     return batched, tasks, params, {name: value[0] for name, value in batches.items()}
@@ -66,7 +69,7 @@ def test_traced_equals_untraced_bit_for_bit(name, dtype):
         batched.losses(params, tasks, batch)
     assert len(batched._traced) == 2
     assert all(callable(program) for program in batched._traced.values())
-    fresh = BatchedFamily(FAMILIES[name], dtype=dtype)
+    fresh = BatchedFamily(copy.deepcopy(FAMILIES[name]), dtype=dtype)
     generator = torch.Generator().manual_seed(5)
     for step in (2, 7, 40):
         batch = {n: v[0] for n, v in batched.batches(tasks, SEEDS, [step] * 3, 1).items()}
@@ -96,6 +99,27 @@ def test_each_shape_is_traced_for_itself():
         want = 2 * torch.einsum("pij,pi->pj", tasks["w"], residual)
         torch.testing.assert_close(grads, want, rtol=1e-12, atol=1e-13)
     assert len(batched._traced) == 3
+
+
+def test_traces_are_the_family_s_and_go_with_it():
+    family = Quadratic(dim=3)
+    batched, tasks, params, _ = start(family)
+    family = batched.family  # the copy
+    for _ in range(CALLS_BEFORE_TRACE + 1):
+        batched.losses_and_grads(params, tasks, {})
+    (program,) = batched._traced.values()
+    assert callable(program)
+    again = BatchedFamily(family, dtype=torch.float64)
+    assert list(again._traced.values()) == [program]
+    moved = params + 1
+    residual = torch.einsum("pij,pj->pi", tasks["w"], moved) - tasks["y"]
+    torch.testing.assert_close(again.losses_and_grads(moved, tasks, {})[0], residual.square().sum(1))
+    assert BatchedFamily(family, dtype=torch.float32)._traced == {}
+    assert BatchedFamily(copy.deepcopy(family), dtype=torch.float64)._traced == {}
+    gone = weakref.ref(family)
+    del batched, again, family
+    gc.collect()
+    assert gone() is None
 
 
 def test_tracing_leaves_new_constants_variable():
@@ -340,7 +364,7 @@ def test_a_loss_that_branches_runs_one_by_one_with_one_warning():
         assert torch.equal(batched.losses(params, tasks, batch), losses)
         for got, want in zip(batched.losses_and_grads(params, tasks, batch), (losses, grads)):
             assert torch.equal(got, want)
-    assert all(isinstance(calls, int) for calls in batched._traced.values())
+    assert batched._traced == {}
     pieces = set()
     for i, seed in enumerate(seeds):
         loss, grad = one_by_one(family, seed, 2)
@@ -353,6 +377,20 @@ def test_a_loss_that_branches_runs_one_by_one_with_one_warning():
     assert torch.equal(batched.eval_metrics(params, tasks)["sign"], params.sum(1).sign().float())
     moved = -params  # the branches are taken anew at every call
     assert not torch.equal(batched.losses(moved, tasks, batch), losses)
+
+
+def test_a_loss_that_branches_is_not_traced_for_a_second_one_either():
+    family = Branching()
+    for _ in range(2):
+        batched = BatchedFamily(family, dtype=torch.float64)
+        tasks, params = batched.start("meta_train", SEEDS)
+        batch = {name: value[0] for name, value in batched.batches(tasks, SEEDS, [2] * 3, 1).items()}
+        with pytest.warns(OneByOneWarning):
+            losses = batched.losses(params, tasks, batch)
+        for _ in range(CALLS_BEFORE_TRACE + 1):
+            assert torch.equal(batched.losses(params, tasks, batch), losses)
+        assert batched._traced == {}
+        torch.testing.assert_close(losses[0], one_by_one(family, SEEDS[0], 2)[0], rtol=1e-12, atol=0)
 
 
 def test_one_by_one_keeps_the_graph_to_the_parameters():

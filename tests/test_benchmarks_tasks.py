@@ -183,6 +183,7 @@ def test_rows_of_families_that_are_not_measured_are_kept(tmp_path, monkeypatch, 
 
 def test_amortization_at_a_small_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(amortization, "RATES", {name: rates[:3] for name, rates in amortization.RATES.items()})
+    monkeypatch.setattr(amortization, "RECIPE", amortization.RECIPE | {"num_particles": 2, "longest": 40})
     paths = [
         "--folder",
         str(tmp_path / "runs"),

@@ -33,8 +33,10 @@ def run(kind, work, theta, ids, num_truncations, **settings):
     return [estimator.estimate(work, theta, state) for _ in range(num_truncations)], state
 
 
-@pytest.mark.parametrize("average", ["mean", "final"])
-@pytest.mark.parametrize("rule_name", ["compact", "adam", "sgd", "paced", "turned"])
+@pytest.mark.parametrize(
+    ("rule_name", "average"),
+    [*((name, "mean") for name in ("compact", "adam", "sgd", "paced", "turned")), ("compact", "final")],
+)
 @pytest.mark.parametrize("kind", EVOLUTION)
 def test_equals_its_definition_with_resets_inside_truncations(kind, rule_name, average):
     rule = rules.get(rule_name)
@@ -43,8 +45,8 @@ def test_equals_its_definition_with_resets_inside_truncations(kind, rule_name, a
     # different steps.
     family = MatrixAndVector() if rule.basis else TwoTensors()
     work = workload(rule, family, truncation=5, horizon=7, run_seed=3, average=average)
-    got, _ = run(kind, work, theta, [0, 1, 2, 3, 4, 5], 6, sigma=0.05)
-    want = reference_estimates(kind, work, theta, [0, 2, 4], 0.05, 6)
+    got, _ = run(kind, work, theta, [0, 1, 2, 3, 4, 5], 4, sigma=0.05)
+    want = reference_estimates(kind, work, theta, [0, 2, 4], 0.05, 4)
     for estimate, flat in zip(got, want):
         torch.testing.assert_close(flatten(estimate.grads), flat, rtol=1e-8, atol=1e-9 * float(flat.abs().max()))
     assert all(flat.abs().max() > 0 for flat in want)

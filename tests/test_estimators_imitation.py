@@ -77,7 +77,7 @@ def test_equals_autograd_of_the_auxiliary_loss(rule_name, teacher_name, policy):
         taught["teacher_theta"] = teacher.init_theta(torch.Generator().manual_seed(0))
     estimator = estimators.get("imitation", policy=policy, share=1.0, weight=2.5, **taught)
     state = estimator.init(work, theta, range(3))
-    for loss in reference_truncations(work, theta, teacher, policy, range(3), 5):
+    for loss in reference_truncations(work, theta, teacher, policy, range(3), 3):
         got = estimator.estimate(work, theta, state)
         leaf = flatten(theta).requires_grad_()
         value = loss(unflatten(leaf, theta))

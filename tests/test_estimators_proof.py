@@ -36,7 +36,7 @@ def finite_differences(work, theta, saved, directions, h=1e-5):
     ]
 
 
-def check_against_finite_differences(work, settings, num_truncations=3):
+def check_against_finite_differences(work, settings, num_truncations=2):
     theta = theta_of(work.rule)
     estimator = estimators.get("backprop", **settings)
     state = estimator.init(work, theta, range(3))
@@ -53,9 +53,8 @@ def check_against_finite_differences(work, settings, num_truncations=3):
     assert largest > 1e-5
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("rule_name", list(rules.RULES))
-@pytest.mark.parametrize("family_name", list(FAMILIES))
+@pytest.mark.parametrize(("family_name", "recompute"), [*((name, False) for name in FAMILIES), ("quadratic", True)])
 def test_second_order_equals_finite_differences(family_name, rule_name, recompute):
     # Horizon 7, truncation 5: the meta-loss includes episodes that end inside the truncation.
     work = workload(rules.get(rule_name), FAMILIES[family_name], truncation=5, horizon=7, run_seed=2)
@@ -214,10 +213,16 @@ def test_k_steps_twice_are_bitwise_2k_steps(rule_name, horizon, per_particle):
             assert torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor) else a[name] == b[name]
 
 
-@pytest.mark.parametrize("family_name", list(FAMILIES))
-@pytest.mark.parametrize("rule_name", list(rules.RULES))
-@pytest.mark.parametrize("kind", list(estimators.ESTIMATORS))
-def test_every_estimator_runs_every_rule_on_every_family(kind, rule_name, family_name, tmp_path):
+# Every estimator with every rule, every estimator on every family and every rule on every family.
+TRIPLES = [
+    (kind, rule_name, list(FAMILIES)[(i + j) % len(FAMILIES)])
+    for i, kind in enumerate(estimators.ESTIMATORS)
+    for j, rule_name in enumerate(rules.RULES)
+]
+
+
+@pytest.mark.parametrize(("kind", "rule_name", "family_name"), TRIPLES)
+def test_estimators_run_every_rule_and_every_family(kind, rule_name, family_name, tmp_path):
     """Gradients like theta, resets taken, and the state survives a file that holds plain values only, to the bit."""
     rule = rules.get(rule_name)
     theta = theta_of(rule)

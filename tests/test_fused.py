@@ -1,7 +1,7 @@
 """The fused kernel of the LSTM rule: its numbers in Triton's interpreter, and what happens where it fails.
 
-Kernels run in processes of their own (tests/fused_runs.py). What needs no kernel is tested here with one made of the
-rule itself.
+Kernels run in processes of their own (tests/fused_runs.py), in which nothing has imported Triton yet: it reads then
+whether to interpret. What needs no kernel is tested here with one made of the rule itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import fork_server
 import pytest
 import torch
 from optimizer_cases import artifact_of, model_of, train
@@ -36,7 +35,8 @@ def run(what: str, tmp_path: Path, **environment: str) -> dict[str, Any]:
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     settings.pop("LEARNED_OPT_FUSED", None)
     settings.pop("TRITON_INTERPRET", None)
-    done = fork_server.run(ROOT / "tests" / "fused_runs.py", what, env=settings | environment, timeout=400)
+    command = [sys.executable, ROOT / "tests" / "fused_runs.py", what]
+    done = subprocess.run(command, cwd=ROOT, env=settings | environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
