@@ -114,13 +114,26 @@ class RunConfig:
 def from_dict(values: Mapping[str, Any], *, source: str = "the configuration") -> RunConfig:
     """A RunConfig from plain values; what is missing keeps its default.
 
+    Args:
+        values: settings by name. Beside them `preset` may name one that ships: what is missing is then as it is there.
+            Groups of settings (`trainer`, `evaluation`, and what has names of its own in them) are taken setting by
+            setting; everything else, as the settings of a rule or a list of families, is taken whole.
+        source: what messages call the values.
+
     Raises:
         ValueError: unknown keys (near matches are suggested), wrong types, or values out of range; all are listed.
     """
     from pydantic import TypeAdapter, ValidationError
 
+    values = dict(values)
+    if "preset" in values:
+        try:
+            base = preset(str(values.pop("preset")))
+        except ValueError as error:
+            raise ValueError(f"{source} is not valid:\n  preset: {error}") from None
+        values = _over(base, values)
     try:
-        return TypeAdapter(RunConfig).validate_python(dict(values))
+        return TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
         lines = []
         for item in error.errors():
@@ -139,6 +152,16 @@ def from_dict(values: Mapping[str, Any], *, source: str = "the configuration") -
                     else item["msg"].removeprefix("Value error, ")
                 )
         raise ValueError(f"{source} is not valid:\n  " + "\n  ".join(lines)) from None
+
+
+def _over(base: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a configuration, or of a group of its settings, with these in their place."""
+    merged = _plain(dataclasses.asdict(base))
+    for name, value in changes.items():
+        group = getattr(base, str(name), None)
+        together = dataclasses.is_dataclass(group) and isinstance(value, Mapping)
+        merged[name] = _over(group, value) if together else value
+    return merged
 
 
 @functools.cache

@@ -200,6 +200,36 @@ def test_there_is_a_demo_and_near_matches_are_suggested():
         configuration.preset("zzzzz")
 
 
+def test_a_file_may_say_what_differs_from_a_preset(tmp_path):
+    text = "{preset: compact, rule_settings: {growth: 0.5}, trainer: %s}"
+    text %= "{outer_steps: 3, horizons: {longest: 700}, stages: []}"
+    base = configuration.preset("compact")
+    assert base.trainer.stages and base.rule_settings.keys() > {"growth"}
+    assert base.trainer.horizons != HorizonSchedule(longest=base.trainer.horizons.longest)
+    horizons = dataclasses.replace(base.trainer.horizons, longest=700)
+    trainer = dataclasses.replace(base.trainer, outer_steps=3, horizons=horizons, stages=())
+    want = dataclasses.replace(base, rule_settings={"growth": 0.5}, trainer=trainer)
+    assert configuration.load(written(tmp_path, text)) == want
+    assert configuration.from_dict({"preset": "compact"}) == base
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("preset: compct", "preset: unknown preset 'compct'; did you mean compact"),
+        ("preset: [compact]", r"preset: unknown preset \"\['compact'\]\""),
+        ("{preset: compact, trainer: {outer_stps: 3}}", r"trainer\.outer_stps: no such setting; did you mean outer_"),
+        ("{preset: compact, trainer: 3}", "trainer: "),
+        ("{preset: compact, families: {}}", "families is empty"),
+        ("{preset: compact, trainer: {truncation: 0}}", "trainer: truncation must be at least 1; got 0"),
+    ],
+)
+def test_what_differs_from_a_preset_is_checked(tmp_path, text, message):
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError, match=f"{path} is not valid:\n  {message}"):
+        configuration.load(path)
+
+
 # --- the run folder ---
 
 
