@@ -88,7 +88,7 @@ class BatchedFamily:
         self.shapes = [tuple(value.shape) for value in params.values()]
         self.sizes = tuple(value.numel() for value in params.values())
         self.num_parameters = sum(self.sizes)
-        shared = tuple((name, value.shape, value.dtype) for name, value in sorted(self._shared.items()))
+        shared = tuple((name, value.shape, value.dtype) for name, value in self._shared.items())
         known = _traces.setdefault(family, {})
         self._traced: dict[Any, Any] = known.setdefault((self.device, dtype, shared), {})
         self._one_by_one: set[str] = set()

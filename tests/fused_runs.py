@@ -134,7 +134,7 @@ def optimizer() -> dict[str, Any]:
                 model = model_of(dtype=dtype)
                 last = model[2].weight
                 groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "weight_decay": 0.01}]
-                mine = LearnedOptimizer(groups, artifact_of(name), state_dtype=state_dtype, chunk_size=21)
+                mine = LearnedOptimizer(groups, artifact_of(name), state_dtype=state_dtype, chunk_size=13)
                 last.requires_grad_(False)  # thaws later: a chunk with several step counts
                 step_on_made_up_gradients(model, mine, 2)
                 last.requires_grad_(True)

@@ -50,10 +50,6 @@ CASES: dict[str, dict] = {
     "single precision": {"dtype": torch.float32},
     "single precision, pes": {"dtype": torch.float32, "estimator": ("pes", {"sigma": 0.02})},
 }
-ON_FOUR = [
-    name for name in CASES if "single precision" not in name and not name.startswith(("whole tensors,", "bases,"))
-]
-"""What goes on, on four ranks: those that are left out differ from these in what a rank computes, not in its share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +115,7 @@ def main() -> None:
     before = torch.load(given[0], weights_only=True) if given else {}
     results = {}
     with distributed.start() as ranks:
-        for name in ON_FOUR if given else CASES:
+        for name in CASES:
             trainer = trainer_of(name, ranks)
             if given:
                 trainer.load_state_dict(before[name]["state"])

@@ -69,11 +69,8 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp_min(1e-300)) if want.numel() else 0.0
 
 
-@pytest.mark.parametrize(
-    ("name", "half"),
-    [*((name, 0) for name in rank_cases.CASES), *((name, 1) for name in rank_cases.ON_FOUR)],
-    ids=lambda value: value if isinstance(value, str) else ("two ranks", "four ranks")[value],
-)
+@pytest.mark.parametrize("half", [0, 1], ids=["two ranks", "four ranks"])
+@pytest.mark.parametrize("name", rank_cases.CASES)
 def test_as_one_process(name, half, one, two_then_four):
     want, got = one[half][name], two_then_four[half][name]
     single = "single precision" in name
@@ -96,7 +93,7 @@ def test_the_cases_are_what_they_are_for(one, two_then_four):
     for name in ("backprop", "es", "pes", "nres", "mix", "imitation"):
         assert two_then_four[1][name]["state"]["totals"]["invalid"] > 0, f"{name}: every particle stayed valid"
     assert one[1]["curriculum"]["state"]["curriculum"]["stage"] > 0
-    held = {name: (two_then_four[0][name]["held"], two_then_four[1][name]["held"]) for name in rank_cases.ON_FOUR}
+    held = {name: (two_then_four[0][name]["held"], two_then_four[1][name]["held"]) for name in rank_cases.CASES}
     assert held["backprop"] == ([8, 8], [4, 4, 4, 4])
     assert held["backprop of 5 particles"] == ([5, 5], [3, 3, 2, 2])
     assert held["fewer particles than ranks"] == ([1, 1], [1, 1, 0, 0])

@@ -72,8 +72,10 @@ def test_each_is_small_and_says_where_it_comes_from(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_what_its_preset_trains(name):
-    settings = config.preset(name)
-    artifact = learned_opt.load(name)
+    is_what_it_trains(learned_opt.load(name), config.preset(name))
+
+
+def is_what_it_trains(artifact, settings):
     rule = rules.get(settings.rule, **{**settings.rule_settings, **settings.export_settings})
     assert (artifact.rule.kind, artifact.rule.settings()) == (rule.kind, rule.settings())
     provenance = artifact.provenance
@@ -131,3 +133,15 @@ def test_the_other_seeds_of_the_default_are_those_that_were_measured():
     assert {name: artifact.identity for name, artifact in found.items()} == measured
     settings = [artifact.rule.settings() for artifact in found.values()]
     assert settings[1:] == settings[:-1] and len({artifact.provenance["seed"] for artifact in found.values()}) == 3
+
+
+def test_the_files_of_the_recipe_on_short_runs_are_those_that_were_measured():
+    folder = Path(__file__).parent.parent / "benchmarks"
+    found = [learned_opt.load_artifact(folder / "weights" / f"short_seed{seed}.safetensors") for seed in range(3)]
+    for seed, artifact in enumerate(found):
+        is_what_it_trains(artifact, config.preset("compact_short"))
+        assert artifact.provenance["seed"] == seed
+    identities = [artifact.identity for artifact in found]
+    for name in ("long_horizons_short", "suite_test_short"):
+        measured = json.loads((folder / "results" / f"{name}.json").read_text(encoding="utf-8"))["optimizers"]
+        assert list(measured.values() if isinstance(measured, dict) else measured) == identities
